@@ -1,0 +1,372 @@
+"""Layer 1: what a person or a search edits. A solver schedule is times plus one step strategy per step; plain data.
+
+Step i goes from ``times[i]`` to ``times[i + 1]``. The network is evaluated at the start of every step, so the history at step
+i holds the nodes 0..i. Nodes are named from the end of that history: -1 is the latest node, -2 the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+FORMAT = "solver-schedule/1"
+MAX_ORDER = 4
+
+Relax = float | Literal["bh1", "bh2", "half", "exp+", "exp-"] | None
+Nodes = int | tuple[int, ...] | None
+
+
+class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Immutable, JSON-native, refuses unknown keys."""
+
+
+class Corrector(_Data):
+    """Redo the step once the network's answer at its end is known (UniC, arXiv:2302.04867; arXiv:2312.07243).
+
+    Nodes count from the end of the history that includes the new node, which is -1.
+
+    Attributes:
+        order: Taylor order of the corrected step, 2..5.
+        nodes: active nodes; None is the new node and the predictor's.
+        d_nodes: as in `StepStrategy`.
+        relax: as in `StepStrategy`.
+        reeval: evaluate the network again at the corrected state (costs one NFE) instead of keeping the old answer.
+    """
+
+    order: int
+    nodes: tuple[int, ...] | None = None
+    d_nodes: tuple[Nodes, ...] = ()
+    relax: tuple[Relax, ...] = ()
+    reeval: bool = False
+
+
+class Evaluation(_Data):
+    """How the x0-prediction at the start of a step is obtained.
+
+    Attributes:
+        source: "model", or for the first step only an analytic one that costs no NFE: "zero_x0" (the state is pure noise)
+            or "average_x0" (the data's mean).
+    """
+
+    source: Literal["model", "zero_x0", "average_x0"] = "model"
+
+
+class Residual(_Data):
+    """Learned additions to a step's compiled coefficients (S4S, GS, BNS, DyWeight), oldest node first.
+
+    Attributes:
+        x: added to the coefficients of the predicted states at nodes 0, 1, ...
+        x0: added to the coefficients of the x0-predictions at nodes 0, 1, ...
+    """
+
+    x: tuple[float, ...] = ()
+    x0: tuple[float, ...] = ()
+
+
+class StepStrategy(_Data):
+    r"""One step: a Taylor expansion of the network's prediction, integrated exactly (arXiv:2312.07243). Default: DDIM.
+
+    Attributes:
+        order: Taylor order 1..4; order p uses p - 1 estimated derivatives.
+        pred: what is expanded: "x0" (data prediction), "eps" (noise prediction) or a pair (l, r) between them: (1, 0) is
+            x0 and (0, -1) is eps.
+        axis: the variable in which it is a polynomial: "lambda", "sigma" (sigma/alpha), "t" or "index" (equal steps).
+        start: node the step starts from; -1 the latest, -2 and less make single-step methods.
+        nodes: active nodes besides the start; None takes the latest ones.
+        d_nodes: per derivative: None all active nodes, m the m latest of them, or a tuple of nodes. Missing entries: None.
+        relax: per derivative factor: None 1; r is 1 + r h; "bh1" and "bh2" of UniPC ("bh2" is also DPM-Solver++'s midpoint
+            rule); "half" 0.5; "exp+" and "exp-" 1 +- (e^h - 1)/2. Missing entries: None.
+        corr: corrector applied once the network has answered at the step's end.
+        eval: where the prediction at the step's start comes from.
+        keep_eps: when x0 is clipped, keep the unclipped noise prediction in the first-order term (DDIM).
+        delta: learned additions to the coefficients.
+    """
+
+    order: int = 1
+    pred: Literal["x0", "eps"] | tuple[float, float] = "x0"
+    axis: Literal["lambda", "sigma", "t", "index"] = "lambda"
+    start: int = -1
+    nodes: tuple[int, ...] | None = None
+    d_nodes: tuple[Nodes, ...] = ()
+    relax: tuple[Relax, ...] = ()
+    corr: Corrector | None = None
+    eval: Evaluation = Evaluation()
+    keep_eps: bool = False
+    delta: Residual | None = None
+
+
+class Stencil(msgspec.Struct, frozen=True):
+    """A step's nodes as absolute indices: the start, and for derivative k = 1, 2, ... its nodes and relaxation."""
+
+    start: int
+    derivatives: tuple[tuple[tuple[int, ...], Relax], ...]
+
+
+class SolverSchedule(_Data):
+    """Times and one strategy per step: the object that is searched, saved and run.
+
+    Attributes:
+        times: len(steps) + 1 strictly decreasing times of the noise schedule (increasing: from data to noise).
+        steps: one `StepStrategy` per interval.
+        name: for people.
+        path: the noise schedule the times belong to (its family is checked when the schedule is used), or None.
+        clip: clamp x0 to [-clip, clip]; "config" leaves it to the diffusers scheduler's config; None never.
+        provenance: anything JSON about where the schedule comes from.
+
+    Raises:
+        ValueError: at construction, for times out of order or a step that its history cannot serve, naming step and reason.
+    """
+
+    times: tuple[float, ...]
+    steps: tuple[StepStrategy, ...]
+    name: str = ""
+    path: dict[str, Any] | None = None
+    clip: float | Literal["config"] | None = None
+    provenance: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "times", tuple(self.times))
+        msgspec.structs.force_setattr(self, "steps", tuple(self.steps))
+        _check_times(self.times, len(self.steps))
+        if isinstance(self.clip, float) and not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        for i in range(len(self.steps)):
+            try:
+                self._check_step(i)
+            except ValueError as error:
+                raise ValueError(f"steps[{i}]: {error}") from None
+
+    # ---- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample: steps, less an analytic first one, plus re-evaluating correctors."""
+        evaluated = sum(step.eval.source == "model" for step in self.steps)
+        return evaluated + sum(step.corr is not None and step.corr.reeval for step in self.steps)
+
+    @property
+    def analytic_first_step(self) -> bool:
+        """Whether the first x0-prediction is analytic rather than the network's."""
+        return self.steps[0].eval.source != "model"
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides the numbers (not of name, path or provenance)."""
+        content = {key: value for key, value in self.to_dict().items() if key in ("times", "steps", "clip")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def stencil(self, i: int) -> Stencil:
+        """Absolute nodes of step i's predictor."""
+        step = self.steps[i]
+        start = i + 1 + step.start
+        nodes = _latest(i, start, step.order - 1) if step.nodes is None else _absolute(step.nodes, i)
+        return Stencil(start, _derivatives(step.order, nodes, step.d_nodes, step.relax, i))
+
+    def corrector_stencil(self, i: int) -> Stencil:
+        """Absolute nodes of step i's corrector; the node at the step's end is i + 1."""
+        step, corr = self.steps[i], self.steps[i].corr
+        assert corr is not None
+        start = i + 1 + step.start
+        if corr.nodes is not None:
+            nodes = _absolute(corr.nodes, i + 1)
+        elif step.nodes is not None:
+            nodes = (i + 1, *_absolute(step.nodes, i))
+        else:
+            nodes = _latest(i + 1, start, corr.order - 1)
+        return Stencil(start, _derivatives(corr.order, nodes, corr.d_nodes, corr.relax, i + 1))
+
+    def _check_step(self, i: int) -> None:
+        step = self.steps[i]
+        if not isinstance(step.order, int) or not 1 <= step.order <= MAX_ORDER:
+            raise ValueError(f"order must be 1..{MAX_ORDER}, got {step.order!r}")
+        if not -(i + 1) <= step.start <= -1:
+            raise ValueError(f"start {step.start} is outside the history, which holds nodes -{i + 1}..-1")
+        if step.eval.source != "model" and i > 0:
+            raise ValueError(f"source {step.eval.source!r} is analytic and only possible at steps[0]")
+        if isinstance(step.pred, tuple) and step.axis != "lambda":
+            raise ValueError(f"pred (l, r) is defined on axis 'lambda' only, got {step.axis!r}")
+        _check_stencil(self.stencil(i), i)
+        if step.delta is not None and max(len(step.delta.x), len(step.delta.x0)) > i + 1:
+            raise ValueError(f"delta names more nodes than the {i + 1} in the history")
+        if step.corr is None:
+            return
+        if i == len(self.steps) - 1:
+            raise ValueError("a corrector needs a network evaluation at the step's end, and the last step has none")
+        if not isinstance(step.corr.order, int) or not 2 <= step.corr.order <= MAX_ORDER + 1:
+            raise ValueError(f"corrector order must be 2..{MAX_ORDER + 1}, got {step.corr.order!r}")
+        try:
+            _check_stencil(self.corrector_stencil(i), i + 1)
+        except ValueError as error:
+            raise ValueError(f"corrector: {error}") from None
+
+    def tail(self, i: int) -> SolverSchedule:
+        """The schedule from ``times[i]`` on, for entry in the middle; steps whose history is cut off become order 1."""
+        steps = []
+        for j, step in enumerate(self.steps[i:]):
+            nodes = {self.stencil(i + j).start, *(n for d in self.stencil(i + j).derivatives for n in d[0])}
+            residual = step.delta is not None and i > 0
+            if min(nodes) >= i and not residual:
+                if step.corr is not None:
+                    needed = [n for d in self.corrector_stencil(i + j).derivatives for n in d[0]]
+                    if min(needed) < i:
+                        step = msgspec.structs.replace(step, corr=None)
+                steps.append(step)
+            else:
+                steps.append(StepStrategy(pred="x0", keep_eps=step.keep_eps))
+        return msgspec.structs.replace(self, times=self.times[i:], steps=tuple(steps))
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-native form; `from_dict` is its inverse."""
+        return {"format": FORMAT, "nfe": self.nfe, **msgspec.to_builtins(self)}
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> SolverSchedule:
+        """Read the JSON form.
+
+        ``defaults`` are inherited by every step; ``nfe`` must agree with the steps.
+
+        Raises:
+            ValueError: an unknown key, a wrong type, a wrong ``format`` or ``nfe``, or an invalid step.
+        """
+        data = dict(mapping)
+        form, nfe, defaults = data.pop("format", None), data.pop("nfe", None), data.pop("defaults", {})
+        if form != FORMAT:
+            raise ValueError(f"not a solver schedule: format is {form!r}, expected {FORMAT!r}")
+        if not isinstance(defaults, Mapping):
+            raise ValueError("defaults must be an object of step strategy keys")
+        if isinstance(data.get("steps"), list | tuple):
+            data["steps"] = [{**defaults, **s} if isinstance(s, Mapping) else s for s in data["steps"]]
+        try:
+            schedule = msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"invalid solver schedule: {error}") from None
+        if nfe is not None and nfe != schedule.nfe:
+            raise ValueError(f"invalid solver schedule: it says nfe {nfe}, its steps make {schedule.nfe} evaluations")
+        return schedule
+
+    @classmethod
+    def from_usf(cls, mapping: Mapping[str, Any]) -> SolverSchedule:
+        """Read the dict format of the published USF schedules; see `samplers.usf.from_usf`."""
+        from .usf import from_usf
+
+        return from_usf(mapping)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> SolverSchedule:
+        """A schedule from a dict, the path of an existing JSON file, or the name of one that ships.
+
+        Raises:
+            ValueError: malformed content.
+            FileNotFoundError: neither a file nor a shipped name; the message lists the latter.
+        """
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        path = Path(source)
+        if not path.is_file():
+            shipped = shipped_schedules()
+            if str(source) not in shipped:
+                known = ", ".join(sorted(shipped)) or "none"
+                raise FileNotFoundError(f"{source}: no such file, nor a schedule that ships (those are: {known})")
+            path = shipped[str(source)]
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a solver schedule is a JSON object, got {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def shipped_schedules() -> dict[str, Path]:
+    """Names and files of the found schedules that come with the package."""
+    installed = Path(__file__).parent / "schedules_found"
+    source_tree = Path(__file__).parent.parent / "configs" / "schedules"
+    folder = installed if installed.is_dir() else source_tree
+    return {path.stem: path for path in folder.glob("*.json")}
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------
+
+
+def _numbers(times: tuple[Any, ...]) -> Iterator[float]:
+    return (float(t.detach() if torch.is_tensor(t) else t) for t in times)
+
+
+def _check_times(times: tuple[Any, ...], steps: int) -> None:
+    if steps < 1 or len(times) != steps + 1:
+        raise ValueError(f"a schedule has one more time than steps, and at least one step; got {len(times)} and {steps}")
+    values = list(_numbers(times))
+    for i, t in enumerate(values):
+        if not math.isfinite(t):
+            raise ValueError(f"times[{i}] is {t}")
+    falling = values[0] > values[-1]
+    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+        if a == b or (a > b) != falling:
+            word = "decrease" if falling else "increase"
+            raise ValueError(f"times must strictly {word}: times[{i}] = {a:g} and times[{i + 1}] = {b:g}")
+
+
+def _absolute(nodes: tuple[int, ...], latest: int) -> tuple[int, ...]:
+    for node in nodes:
+        if not -(latest + 1) <= node <= -1:
+            raise ValueError(f"node {node} is outside the history, which holds nodes -{latest + 1}..-1")
+    return tuple(latest + 1 + node for node in nodes)
+
+
+def _latest(latest: int, start: int, count: int) -> tuple[int, ...]:
+    """The ``count`` latest nodes other than the start; fewer where the history is short."""
+    return tuple([node for node in range(latest, -1, -1) if node != start][:count])
+
+
+def _derivatives(
+    order: int, nodes: tuple[int, ...], d_nodes: tuple[Nodes, ...], relax: tuple[Relax, ...], latest: int
+) -> tuple[tuple[tuple[int, ...], Relax], ...]:
+    if max(len(d_nodes), len(relax)) > order - 1:
+        raise ValueError(f"order {order} has {order - 1} derivatives, but d_nodes or relax names more")
+    newest_first = tuple(sorted(nodes, reverse=True))
+    out = []
+    for k in range(order - 1):
+        own = d_nodes[k] if k < len(d_nodes) else None
+        if own is None:
+            chosen = newest_first
+        elif isinstance(own, int):
+            if own < 1:
+                raise ValueError(f"d_nodes[{k}] must name at least one node, got {own}")
+            chosen = newest_first[:own]
+        else:
+            chosen = _absolute(own, latest)
+        out.append((chosen, relax[k] if k < len(relax) else None))
+    return tuple(out)
+
+
+def _check_stencil(stencil: Stencil, latest: int) -> None:
+    for k, (nodes, relax) in enumerate(stencil.derivatives, start=1):
+        if len(set(nodes)) != len(nodes) or stencil.start in nodes:
+            raise ValueError(f"derivative {k} names a node twice or the start itself")
+        if len(nodes) < k:
+            raise ValueError(
+                f"derivative {k} needs {k} nodes besides the start, but has {len(nodes)} (the history holds {latest + 1})"
+            )
+        if isinstance(relax, str) and relax not in ("bh1", "bh2", "half", "exp+", "exp-"):
+            raise ValueError(f"unknown relaxation {relax!r}")
+        if isinstance(relax, float) and not math.isfinite(relax):
+            raise ValueError(f"relaxation of derivative {k} is {relax}")

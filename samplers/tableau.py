@@ -1,0 +1,436 @@
+r"""Layer 2: what the numbers say. A solver schedule compiled to weighted sums over states and x0-predictions.
+
+Coefficients are Python floats, or 0-d float64 tensors where the schedule's times or coefficients are tensors: the same
+arithmetic then is differentiable. Exact solution of the sampling ODE from node s to t, $h = \lambda_t - \lambda_s$, with the
+prediction expanded to order p in the variable g (arXiv:2312.07243; arXiv:2211.01095 eq. 8; arXiv:2206.00927 eq. 3.4):
+
+    x_t = DDIM(x_s, D_s) + sum_{k=1}^{p-1} m_k relax_k D^(k),    m_k = integral of K(lambda) (g - g_s)^k / k!
+
+with K the data- or noise-form kernel and D^(k) the derivatives of the polynomial through the active nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .noise import NoiseSchedule, as_float64
+from .parametrization import Scalar
+from .strategy import Relax, SolverSchedule, Stencil, StepStrategy
+
+Terms = dict[str, Scalar]  # name in memory -> coefficient; names: x3 state, c3 corrected, d3 x0, r3 raw x0, e3 re-evaluated
+
+# Nodes at alpha = 0 enter derivative estimates as if at alpha / sigma = 1e-6, as in-tree flow schedulers place them.
+LOG_SNR_FLOOR = math.log(1e-6)
+CACHE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """``memory[target] = sum of coefficient * memory[name]``."""
+
+    target: str
+    terms: tuple[tuple[str, Scalar], ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One network evaluation: at ``memory[state]``, time ``t`` (0-d float64), answer kept as ``output``."""
+
+    state: str
+    output: str
+    t: Tensor
+    alpha: Scalar
+    sigma: Scalar
+    node: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A query, the rows its answer makes possible, and the names still needed after them."""
+
+    query: Query
+    rows: tuple[Row, ...]
+    keep: frozenset[str]
+    raw: str | None  # where the unclipped x0 is kept, if a row needs it
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """A compiled schedule.
+
+    Attributes:
+        opening: rows before the first query (an analytic first step), affine in the starting noise.
+        stages: queries in order, each with the rows that follow it.
+        result: name of the final state.
+        clip: as in `SolverSchedule`.
+        first_x0: (*E) the data's mean, where an analytic first step uses it.
+    """
+
+    opening: tuple[Row, ...]
+    stages: tuple[Stage, ...]
+    result: str
+    clip: float | str | None
+    first_x0: Tensor | None = None
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations."""
+        return len(self.stages)
+
+    @staticmethod
+    def build(
+        schedule: SolverSchedule,
+        noise_schedule: NoiseSchedule,
+        *,
+        first_x0: Tensor | None = None,
+        statistics: None = None,
+    ) -> Tableau:
+        """Compile ``schedule`` for ``noise_schedule``; the last few results are cached by digest.
+
+        Args:
+            schedule: times in the noise schedule's t; tensors make the coefficients differentiable.
+            noise_schedule: gives alpha, sigma and lambda of every time.
+            first_x0: (*E) mean image, needed by and only by an "average_x0" first step.
+            statistics: empirical model statistics; no strategy of this version takes them.
+
+        Raises:
+            ValueError: the schedule belongs to another family, a time is out of range, ``first_x0`` is missing, or a step
+                cannot be placed where it is (naming the step and the reason).
+        """
+        if statistics is not None:
+            raise ValueError("this schedule has no step that uses empirical model statistics")
+        source = schedule.steps[0].eval.source
+        if source == "average_x0" and first_x0 is None:
+            raise ValueError("steps[0]: source 'average_x0' needs first_x0, the data's mean")
+        kind = (schedule.path or {}).get("type", noise_schedule.kind)
+        if kind.split("_")[0] != noise_schedule.family:
+            raise ValueError(f"the schedule's times belong to {kind!r}, not to the {noise_schedule.kind!r} noise schedule")
+        symbolic = any(torch.is_tensor(t) for t in schedule.times)
+        try:
+            key = None if symbolic else (schedule.digest, id(noise_schedule))
+        except TypeError:  # tensors among the coefficients
+            key = None
+        if key is None or key not in _cache:
+            compiled = _Compiler(schedule, noise_schedule).run()
+            if key is not None:
+                _cache[key] = (noise_schedule, compiled)
+                while len(_cache) > CACHE_SIZE:
+                    _cache.popitem(last=False)
+        else:
+            compiled = _cache[key][1]
+        opening, stages = compiled
+        return Tableau(opening, stages, f"x{len(schedule.steps)}", schedule.clip, first_x0)
+
+
+_Compiled = tuple[tuple[Row, ...], tuple[Stage, ...]]
+# The noise schedule is kept beside the result so that its id stays taken.
+_cache: OrderedDict[tuple[str, int], tuple[NoiseSchedule, _Compiled]] = OrderedDict()
+
+
+@dataclass
+class _Node:
+    """A time with its levels, and what is known there: the state the network saw and its x0-prediction."""
+
+    t: Scalar
+    alpha: Scalar
+    sigma: Scalar
+    lam: Scalar
+    state: str = ""
+    x0: Terms | None = None
+    raw: Terms | None = None
+
+
+class _Compiler:
+    """Walks the steps once, keeping for every node the expression of its state and prediction."""
+
+    def __init__(self, schedule: SolverSchedule, noise: NoiseSchedule) -> None:
+        self.schedule, self.noise = schedule, noise
+        symbolic = any(torch.is_tensor(t) for t in schedule.times)
+        self.nodes = []
+        for t in schedule.times:
+            # One time at a time: elementwise kernels may round a batch differently from the single value a denoiser asks for.
+            alpha, sigma = noise.alpha_sigma(as_float64(t))
+            lam = (torch.log(alpha) - torch.log(sigma)).clamp(min=LOG_SNR_FLOOR)
+            levels = (as_float64(t), alpha, sigma, lam)
+            self.nodes.append(_Node(*(levels if symbolic else (value.item() for value in levels))))
+        self.raw_needed = {i for i, step in enumerate(schedule.steps) if step.keep_eps}
+
+    def run(self) -> _Compiled:
+        opening: list[Row] = []
+        staged: list[tuple[Query, list[Row]]] = []
+        rows = opening
+        corrected: dict[int, str] = {}
+        for i, step in enumerate(self.schedule.steps):
+            node = self.nodes[i]
+            node.state = corrected[i] = f"x{i}"
+            if step.eval.source == "model":
+                node.x0, node.raw = {f"d{i}": 1.0}, {f"r{i}": 1.0} if i in self.raw_needed else None
+                rows = []
+                staged.append((self._query(i, f"x{i}", f"d{i}"), rows))
+            else:
+                node.x0 = node.raw = self._analytic_x0(node, step.eval.source)
+            previous = self.schedule.steps[i - 1] if i else None
+            if previous is not None and previous.corr is not None:
+                # The caller may have edited the predicted state, so the corrected one is that state plus a difference.
+                change = self._increment(i - 1, previous, self.schedule.corrector_stencil(i - 1))
+                _add(change, -1.0, self._increment(i - 1, previous, self.schedule.stencil(i - 1)))
+                corrected[i] = f"c{i}"
+                rows.append(_row(f"c{i}", {f"x{i}": 1.0}, change))
+                if previous.corr.reeval:
+                    rows = []
+                    staged.append((self._query(i, f"c{i}", f"e{i}"), rows))
+                    node.state, node.x0, node.raw = f"c{i}", {f"e{i}": 1.0}, None
+            stencil = self.schedule.stencil(i)
+            terms = self._first_order(i, step, stencil.start, corrected[stencil.start])
+            _add(terms, 1.0, self._increment(i, step, stencil))
+            if step.delta is not None:
+                for j, value in enumerate(step.delta.x):
+                    _add(terms, value, {self.nodes[j].state: 1.0})
+                for j, value in enumerate(step.delta.x0):
+                    _add(terms, value, self.nodes[j].x0 or {})
+            rows.append(_row(f"x{i + 1}", terms))
+        return _inline(opening), self._stages(staged)
+
+    def _query(self, i: int, state: str, output: str) -> Query:
+        node = self.nodes[i]
+        return Query(state, output, as_float64(node.t), node.alpha, node.sigma, i)
+
+    def _stages(self, staged: list[tuple[Query, list[Row]]]) -> tuple[Stage, ...]:
+        """Fuse corrected states that nothing later reads, and work out what each stage may forget."""
+        later = {f"x{len(self.schedule.steps)}"}
+        stages = []
+        for query, rows in reversed(staged):
+            fused = _inline(rows, later)
+            keep = frozenset(later)
+            for row in fused:
+                later |= {name for name, _ in row.terms}
+            raw = f"r{query.node}" if f"r{query.node}" in later else None
+            later -= {row.target for row in fused} | {query.output, f"r{query.node}"}
+            later |= {query.state}
+            stages.append(Stage(query, fused, keep, raw))
+        return tuple(reversed(stages))
+
+    def _analytic_x0(self, node: _Node, source: str) -> Terms:
+        """x0 of a state that is taken for pure noise (eps = x for VP, x / sigma otherwise), or the data's mean."""
+        if source == "average_x0":
+            return {"first_x0": 1.0}
+        return {node.state: (1 - node.sigma) / node.alpha} if self.noise.family == "vp" else {}
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def _first_order(self, i: int, step: StepStrategy, start: int, state: str) -> Terms:
+        """The order-1 step from node ``start`` (whose corrected state is ``state``) to node i + 1."""
+        s, t = self.nodes[start], self.nodes[i + 1]
+        if isinstance(step.pred, tuple):
+            l, r = step.pred
+            h = self._finite_step(i, s, t)
+            decay = t.alpha * _exp(-l * h)
+            terms = {state: decay / s.alpha}
+            _add(terms, decay * h * _psi(1, (l + r) * h), self._prediction(start, start, step))
+            return terms
+        if _is_zero(s.sigma):
+            raise ValueError(f"steps[{i}] starts at sigma = 0, where x0 is already known")
+        carry = t.sigma / s.sigma
+        if step.pred == "x0" or state == s.state:
+            terms = {state: carry}
+        else:  # noise form from a corrected state: the noise is that of the state the network saw
+            terms = {state: t.alpha / s.alpha}
+            _add(terms, carry - t.alpha / s.alpha, {s.state: 1.0})
+        if step.keep_eps and s.raw is not None:
+            _add(terms, t.alpha, s.x0 or {})
+            _add(terms, -s.alpha * carry, s.raw)
+        else:
+            _add(terms, t.alpha - s.alpha * carry, s.x0 or {})
+        return terms
+
+    def _increment(self, i: int, step: StepStrategy, stencil: Stencil) -> Terms:
+        """The higher-order terms: sum over k of m_k relax_k D^(k)."""
+        terms: Terms = {}
+        s, t = self.nodes[stencil.start], self.nodes[i + 1]
+        centre = self._prediction(stencil.start, stencil.start, step) if stencil.derivatives else {}
+        for k, (nodes, relax) in enumerate(stencil.derivatives, start=1):
+            position = [self._axis(n, step) - self._axis(stencil.start, step) for n in nodes]
+            scale = self._moment(k, i, s, t, step) * self._relaxation(relax, i, s, t, step)
+            for n, weight in zip(nodes, derivative_weights(position, k), strict=True):
+                _add(terms, scale * weight, self._prediction(n, stencil.start, step))
+                _add(terms, -scale * weight, centre)
+        return terms
+
+    def _axis(self, n: int, step: StepStrategy) -> Scalar:
+        node = self.nodes[n]
+        return {"lambda": node.lam, "sigma": _exp(-node.lam), "t": node.t, "index": float(n)}[step.axis]
+
+    def _prediction(self, n: int, start: int, step: StepStrategy) -> Terms:
+        """What the step expands, at node n: x0, eps, or the (l, r) mixture relative to the start."""
+        node, terms = self.nodes[n], {}
+        if step.pred == "x0":
+            return node.x0 or {}
+        if step.pred == "eps":
+            _add(terms, 1.0 / node.sigma, {node.state: 1.0})
+            _add(terms, -node.alpha / node.sigma, node.x0 or {})
+            return terms
+        l, r = step.pred
+        decay = _exp(-r * (node.lam - self.nodes[start].lam))
+        _add(terms, decay, node.x0 or {})
+        _add(terms, decay * (l - 1) / node.alpha, {node.state: 1.0})
+        return terms
+
+    def _moment(self, k: int, i: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
+        r"""$m_k$, the exact integral of kernel times $(g - g_s)^k / k!$ over the step; k >= 1."""
+        data = step.pred == "x0"
+        if _is_zero(t.sigma) and step.pred != "eps":
+            raise ValueError(
+                f"steps[{i}]: order {step.order} with pred {step.pred!r} cannot end at sigma = 0 (its weights diverge); "
+                "use order 1 or pred 'eps' there"
+            )
+        if step.axis == "index":
+            if _is_zero(s.alpha) and not data:
+                raise ValueError(f"steps[{i}]: pred 'eps' on axis 'index' cannot start at alpha = 0 with order above 1")
+            first = t.alpha - s.alpha * t.sigma / s.sigma if data else t.sigma - t.alpha * s.sigma / s.alpha
+            return first / math.factorial(k + 1)
+        if step.axis == "lambda":
+            if isinstance(step.pred, tuple):
+                l, r = step.pred
+                h = self._finite_step(i, s, t)
+                return t.alpha * _exp(-l * h) * h ** (k + 1) * _psi(k + 1, (l + r) * h)
+            h = t.lam - s.lam
+            if data:
+                return t.alpha * h ** (k + 1) * phi(k + 1, -h)
+            if _is_zero(t.sigma):
+                return -t.alpha * _exp(-s.lam)
+            return -t.sigma * h ** (k + 1) * phi(k + 1, h)
+        # By parts: integral of u^k/k! dF = [u^k/k! F] - integral of u^(k-1)/(k-1)! F du, with F = sigma/alpha or its inverse.
+        sign = 1.0 if data else -1.0
+        scale = t.sigma if data else t.alpha
+        end = _exp(sign * t.lam)
+        if step.axis == "sigma":
+            start_at, width = _exp(-s.lam), _exp(-t.lam) - _exp(-s.lam)
+            if not data:
+                return scale * width ** (k + 1) / math.factorial(k + 1)
+            level: Callable[[Scalar], Scalar] = lambda u: 1.0 / (start_at + u)
+        else:
+            start_at, width = s.t, t.t - s.t
+
+            def level(u: Scalar) -> Scalar:
+                lam = self.noise.lam(start_at + u)
+                value = torch.exp(sign * lam.clamp(min=LOG_SNR_FLOOR))
+                return value if torch.is_tensor(u) else value.item()
+
+        inner = sum(
+            weight * (width * x) ** (k - 1) / math.factorial(k - 1) * level(width * x) for x, weight in _GAUSS_LEGENDRE
+        )
+        return scale * (width**k / math.factorial(k) * end - width * inner)
+
+    def _relaxation(self, relax: Relax, i: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
+        """The factor on one derivative (section 3 of arXiv:2302.04867 for bh1 and bh2)."""
+        if relax is None:
+            return 1.0
+        if relax == "half":
+            return 0.5
+        if _is_zero(t.sigma):
+            raise ValueError(f"steps[{i}] ends at sigma = 0, where h is infinite: relaxation {relax!r} depends on h")
+        h = t.lam - s.lam
+        if not isinstance(relax, str):
+            return 1.0 + relax * h
+        z = -h if step.pred == "x0" else h
+        if relax in ("exp+", "exp-"):
+            return 1.0 + (0.5 if relax == "exp+" else -0.5) * (_exp(h) - 1.0)
+        return 0.5 * (phi(1, z) if relax == "bh2" else 1.0) / phi(2, z)
+
+    def _finite_step(self, i: int, s: _Node, t: _Node) -> Scalar:
+        if _is_zero(t.sigma) or _is_zero(s.alpha):
+            end = "ends at sigma = 0" if _is_zero(t.sigma) else "starts at alpha = 0"
+            raise ValueError(f"steps[{i}] {end}, where h is infinite and (l, r) prediction is not defined")
+        return t.lam - s.lam
+
+
+# ---- arithmetic over floats and tensors --------------------------------------------------------------------------
+
+
+def _gauss_legendre(n: int) -> list[tuple[float, float]]:
+    """Nodes and weights on [0, 1] by Golub & Welsch (1969): eigenvalues of the Jacobi matrix."""
+    k = torch.arange(1, n, dtype=torch.float64)
+    off = k / (4 * k * k - 1).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return list(zip(((values + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+
+
+_GAUSS_LEGENDRE = _gauss_legendre(12)
+
+
+def _exp(z: Scalar) -> Scalar:
+    if torch.is_tensor(z):
+        return torch.exp(z)
+    return math.exp(z) if z < 700 else math.inf
+
+
+def _is_zero(value: Scalar) -> bool:
+    return bool(value == 0)
+
+
+def phi(k: int, z: Scalar) -> Scalar:
+    r"""$\varphi_k(z) = \sum_{j \ge 0} z^j / (j + k)!$: $\varphi_1 = (e^z - 1)/z$, $\varphi_{k+1} = (\varphi_k - 1/k!)/z$."""
+    if abs(float(z.detach()) if torch.is_tensor(z) else z) < 1.0:
+        total: Scalar = 0.0
+        for j in range(18, -1, -1):
+            total = total * z + 1.0 / math.factorial(j + k)
+        return total
+    value = (_exp(z) - 1.0) / z
+    for j in range(1, k):
+        value = (value - 1.0 / math.factorial(j)) / z
+    return value
+
+
+def _psi(k: int, z: Scalar) -> Scalar:
+    r"""$\psi_k(z) = e^z \varphi_k(-z)$."""
+    return _exp(z) * phi(k, -z)
+
+
+def derivative_weights(delta: list[Scalar], k: int) -> list[Scalar]:
+    r"""Weights $w_j$ with $D^{(k)} \approx \sum_j w_j (M_j - M_s)$ for nodes at ``delta`` from s, exact on polynomials.
+
+    They solve $\sum_j w_j \delta_j^i / i! = 1[i = k]$, i = 1..m: the k-th derivative at s of the polynomial through s
+    and the nodes, read off the Lagrange basis.
+    """
+    weights = []
+    for j, at in enumerate(delta):
+        coefficients: list[Scalar] = [1.0]  # of the product over the other nodes, constant term first
+        scale: Scalar = at
+        for i, other in enumerate(delta):
+            if i != j:
+                shifted = [0.0, *coefficients]
+                coefficients = [a - other * b for a, b in zip(shifted, [*coefficients, 0.0], strict=True)]
+                scale = scale * (at - other)
+        weights.append(math.factorial(k) * coefficients[k - 1] / scale)
+    return weights
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def _add(terms: Terms, scale: Scalar, other: Terms) -> None:
+    for name, value in other.items():
+        terms[name] = terms[name] + scale * value if name in terms else scale * value
+
+
+def _row(target: str, terms: Terms, more: Terms | None = None) -> Row:
+    if more:
+        _add(terms, 1.0, more)
+    return Row(target, tuple((name, c) for name, c in terms.items() if torch.is_tensor(c) or c != 0.0))
+
+
+def _inline(rows: list[Row], later: set[str] | None = None) -> tuple[Row, ...]:
+    """Substitute a corrected state into the row after it when nothing else reads it: one weighted sum less."""
+    if later is None or len(rows) < 2 or rows[0].target in later:
+        return tuple(rows)
+    first, second = rows
+    terms = dict(second.terms)
+    scale = terms.pop(first.target, 0.0)
+    _add(terms, scale, dict(first.terms))
+    return (_row(second.target, terms),)
