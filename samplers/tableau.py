@@ -220,7 +220,8 @@ class _Compiler:
         """x0 of a state that is taken for pure noise (eps = x for VP, x / sigma otherwise), or the data's mean."""
         if source == "average_x0":
             return {"first_x0": 1.0}
-        return {node.state: (1 - node.sigma) / node.alpha} if self.noise.family == "vp" else {}
+        # (1 - sigma) / alpha, written so that it is exact at alpha = 0
+        return {node.state: node.alpha / (1 + node.sigma)} if self.noise.family == "vp" else {}
 
     # ---- one step ------------------------------------------------------------------------------------------------
 

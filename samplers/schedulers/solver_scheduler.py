@@ -1,0 +1,478 @@
+"""`SolverScheduler`: any solver schedule inside an unmodified diffusers pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config_reader import ModelConfig, alphas_cumprod_of, betas_of, flow_shift_of, read_config
+from ..engine import Engine
+from ..noise import NoiseSchedule
+from ..parametrization import FLOW_PREDICTION, to_x0
+from ..recipes import ALIASES, RECIPES, RecipeText, parse_recipe
+from ..strategy import SolverSchedule, shipped_schedules
+from ..tableau import Tableau
+from .clipping import clip_from_config
+from .spacing import config_times, dynamic_shift, flow_times
+
+DEFAULT_SCHEDULE = "dpmpp:order=2"
+
+
+@dataclass
+class SolverSchedulerOutput(BaseOutput):
+    """Result of one step.
+
+    Attributes:
+        prev_sample: (B, *E) the state to evaluate the network at next; the sample after the last step.
+        pred_original_sample: (B, *E) the x0-prediction of this step, before clipping.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler that runs a solver schedule: recipe text, or a fixed schedule found by search.
+
+    ``num_inference_steps`` is the number of network evaluations, each an entry of ``timesteps``; ``order`` is always 1. The
+    state keeps the model's own scaling: variance preserving, EDM (variance exploding) or flow.
+
+        pipe.scheduler = SolverScheduler.from_config(pipe.scheduler.config, schedule="unipc:order=3")
+        pipe(prompt, num_inference_steps=8)
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        schedule: str | dict[str, Any] = DEFAULT_SCHEDULE,
+        family: str = "vp",
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
+        final_sigmas_type: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lambda_min_clipped: float = -math.inf,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        variance_type: str | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        sigma_schedule: str = "karras",
+        rho: float = 7.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        statistics: str | None = None,
+        first_x0: str | None = None,
+    ) -> None:
+        """Build from explicit values; `from_config` reads them from another scheduler's config.
+
+        Args:
+            num_train_timesteps: training steps N.
+            beta_start: first beta (vp).
+            beta_end: last beta (vp).
+            beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid" (vp).
+            trained_betas: the betas themselves (vp).
+            schedule: recipe text ("unipc:order=3,grid=karras"), the path or the name of a solver schedule's JSON, or its dict.
+            family: "vp", "edm" or "flow".
+            prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+            timestep_spacing: "linspace", "leading" or "trailing"; used where the recipe names no grid (vp).
+            steps_offset: added to "leading" steps (vp).
+            rescale_betas_zero_snr: rescale to zero terminal signal-to-noise ratio (vp).
+            snr_shift_scale: CogVideoX's shift of the signal-to-noise ratio (vp).
+            final_sigmas_type: "zero" or "sigma_min"; where the recipe does not say.
+            set_alpha_to_one: DDIM's spelling of the same; False means "sigma_min" for DDIM-like recipes.
+            lambda_min_clipped: leave out training steps whose lambda is lower (vp).
+            clip_sample: clamp x0 to +-clip_sample_range, for recipes whose in-tree class does.
+            clip_sample_range: see above.
+            thresholding: dynamic thresholding of x0, for recipes whose in-tree class does.
+            dynamic_thresholding_ratio: its quantile.
+            sample_max_value: its upper bound.
+            variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
+            use_karras_sigmas: Karras grid where the recipe names none.
+            use_exponential_sigmas: exponential grid where the recipe names none.
+            sigma_min: lowest noise level (edm).
+            sigma_max: highest noise level (edm).
+            sigma_data: data scale of the preconditioning (edm).
+            sigma_schedule: "karras" or "exponential" (edm).
+            rho: Karras exponent.
+            shift: static time shift (flow).
+            use_dynamic_shifting: the pipeline passes ``mu`` (flow).
+            base_shift: read by pipelines that compute ``mu``.
+            max_shift: read by pipelines that compute ``mu``.
+            base_image_seq_len: read by pipelines that compute ``mu``.
+            max_image_seq_len: read by pipelines that compute ``mu``.
+            time_shift_type: "exponential" or "linear" (flow).
+            shift_terminal: stretch the shifted times to end here (flow).
+            statistics: path of empirical model statistics, for the steps that use them.
+            first_x0: path of a safetensors file with the data's mean, for an "average_x0" first step.
+
+        Raises:
+            ValueError: unknown values, a malformed schedule or recipe.
+            FileNotFoundError: a schedule or file that is not there.
+        """
+        if isinstance(schedule, str | Path):
+            schedule = _resolve(schedule)
+        self.register_to_config(schedule=schedule)
+        self.model_config: ModelConfig = read_config(self.config)
+        self.noise_schedule = self.model_config.noise_schedule()
+        self.recipe: RecipeText | None = parse_recipe(schedule) if isinstance(schedule, str) else None
+        self.fixed: SolverSchedule | None = None if isinstance(schedule, str) else SolverSchedule.from_dict(schedule)
+        if statistics is not None:
+            raise ValueError("statistics: no step strategy of this version uses empirical model statistics")
+        self._first_x0 = None if first_x0 is None else _load_mean(first_x0)
+        self.betas, self.alphas_cumprod = None, None
+        if self.model_config.family == "vp":
+            self.betas, self.alphas_cumprod = betas_of(self.config), alphas_cumprod_of(self.config)
+        elif trained_betas is not None:
+            self.betas = torch.as_tensor(trained_betas, dtype=torch.float32)
+        # Sampling state: everything below is rebuilt by set_timesteps.
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.zeros(0)
+        self.solver_schedule: SolverSchedule | None = None
+        self.tableau: Tableau | None = None
+        self._reset()
+        self._opened_by_hook = False
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read the config of any supported diffusers scheduler; keyword arguments override its values.
+
+        The raw config decides the family first: diffusers itself would drop values that were defaults of the old class and
+        put this class's defaults in their place.
+
+        Raises:
+            ValueError: the config's model is of no supported kind, or a value is unknown; also an analytic first step where
+                the pipeline cannot apply it (flow models: use `samplers.schedulers.swap`).
+        """
+        if config is None:
+            raise ValueError("from_config needs a scheduler config; use SolverScheduler(...) to build from values")
+        raw = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
+        if raw.get("invert_sigmas"):
+            raise ValueError("invert_sigmas=True (Mochi) is not supported: its time runs the other way")
+        model = read_config(raw)
+        raw |= {"family": model.family, "prediction_type": model.prediction_type}
+        if model.family == "flow":
+            raw["shift"] = flow_shift_of(raw)
+        for flag in ("use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr", "clip_sample", "thresholding"):
+            if raw.get(flag) is None:
+                raw.pop(flag, None)
+        hooked = kwargs.pop("_opened_by_hook", False)
+        known = cls._get_init_keys(cls)
+        foreign = {key: value for key, value in raw.items() if key not in known and not key.startswith("_")}
+        mine = {key: value for key, value in raw.items() if key in known}
+        made = super().from_config(mine, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler.register_to_config(**foreign)  # kept for the way back to the class they belong to
+        scheduler._opened_by_hook = hooked
+        if model.family == "flow" and scheduler.analytic_first_step and not hooked:
+            raise ValueError(
+                "flow pipelines do not call scale_model_input, so an analytic first step needs "
+                "`with samplers.schedulers.swap(pipe, schedule): ...` instead of from_config"
+            )
+        return made
+
+    # ---- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the starting noise, in the state's scaling."""
+        return math.hypot(self.noise_schedule.t_max, 1.0) if self.model_config.family == "edm" else 1.0
+
+    @property
+    def step_index(self) -> int | None:
+        """Network evaluations done, or None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where `set_begin_index` put the start, or None."""
+        return self._begin_index
+
+    @property
+    def analytic_first_step(self) -> bool:
+        """Whether the first step of the schedule needs no network."""
+        if self.fixed is not None:
+            return self.fixed.analytic_first_step
+        return self.recipe is not None and self.recipe.analytic_first_step
+
+    def __len__(self) -> int:
+        """Number of training timesteps."""
+        return int(self.config.num_train_timesteps)
+
+    # ---- before the loop ---------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the times and compile the schedule.
+
+        Args:
+            num_inference_steps: network evaluations. May be None when ``timesteps`` or ``sigmas`` are given.
+            device: where ``timesteps`` go.
+            timesteps: the caller's own times, in the model's units; replace a grid that the schedule leaves open.
+            sigmas: likewise as noise levels, N or N + 1 of them (sigma / alpha for vp, sigma for edm and flow, before shift).
+            mu: dynamic shift of flow models.
+
+        Raises:
+            ValueError: a number of evaluations that a fixed schedule does not have, both or neither of the above, or times
+                that do not fit the model.
+        """
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("pass timesteps or sigmas, not both")
+        given = timesteps if timesteps is not None else sigmas
+        given_list = None if given is None else [float(v) for v in given]
+        if given_list and sigmas is not None and len(given_list) > 1 and given_list[-1] == 0.0:
+            given_list = given_list[:-1]
+        nfe = num_inference_steps if given_list is None else len(given_list)
+        if nfe is None:
+            raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
+        if given_list is not None and num_inference_steps not in (None, nfe):
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, but {nfe} times were given")
+        if self.fixed is not None:
+            if nfe != self.fixed.nfe:
+                raise ValueError(
+                    f"the schedule {self.fixed.name or 'in use'} has {self.fixed.nfe} network evaluations; "
+                    f"num_inference_steps={nfe} was asked for: pass {self.fixed.nfe}, or use a recipe"
+                )
+            schedule = self.fixed
+        else:
+            assert self.recipe is not None
+            own = given_list is not None and not self.recipe.names_grid and not self.recipe.analytic_first_step
+            at = self._given_times(given_list, timesteps is not None, mu) if own and given_list else self._times(nfe, mu)
+            noise = self.noise_schedule
+            if at is None and self.config.use_dynamic_shifting and mu is not None:
+                noise = NoiseSchedule.flow(dynamic_shift(self.config, mu))
+            schedule = self.recipe.schedule(noise, nfe, at=at)
+        self.solver_schedule = schedule
+        self.tableau = Tableau.build(schedule, self.noise_schedule, first_x0=self._first_x0)
+        queries = [stage.query for stage in self.tableau.stages]
+        t = torch.stack([query.t for query in queries])
+        self.timesteps = self.noise_schedule.timestep(t).to(torch.float32).to(device)
+        end = torch.tensor(schedule.times[-1], dtype=torch.float64)
+        self.sigmas = self._level(torch.cat([t, end[None]])).to(torch.float32)
+        self.num_inference_steps = len(queries)
+        self._reset()
+
+    def _times(self, nfe: int, mu: float | None) -> tuple[float, ...] | None:
+        """Times where the caller gave none: by the config's convention, or None for the recipe's own grid."""
+        assert self.recipe is not None
+        if self.recipe.names_grid:
+            return None
+        n = nfe + self.recipe.analytic_first_step
+        final = self.recipe.common["final"] if "final" in self.recipe.given else None
+        inclusive = self.recipe.recipe.spacing == "inclusive"
+        config = self.config if self.recipe.common["shift"] is None else {**self.config, "shift": self.recipe.common["shift"]}
+        return config_times(self.noise_schedule, config, n, inclusive=inclusive, final=final, mu=mu)
+
+    def _given_times(self, values: list[float], are_timesteps: bool, mu: float | None) -> tuple[float, ...]:
+        noise = self.noise_schedule
+        if self.model_config.family == "flow":
+            unshifted = [value / 1000.0 for value in values] if are_timesteps else values
+            return (*flow_times(self.config, len(values), mu, unshifted).tolist(), 0.0)
+        levels = torch.tensor(values, dtype=torch.float64)
+        t = noise.t_of_timestep(levels) if are_timesteps else noise.t_of_lam(-torch.log(levels))
+        return (*t.tolist(), 0.0 if self.config.final_sigmas_type != "sigma_min" else noise.t_min)
+
+    def _level(self, t: Tensor) -> Tensor:
+        """Noise levels as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
+        alpha, sigma = self.noise_schedule.alpha_sigma(t)
+        return sigma / alpha if self.model_config.family == "vp" else sigma
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this entry of ``timesteps`` (img2img); also saves the look-up by value, hence a device sync."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Index of a timestep; the second where it occurs twice, the last where it does not occur."""
+        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        value = timestep.to(grid) if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=grid.dtype, device=grid.device)
+        found = (grid == value).nonzero().flatten().tolist()
+        return int(found[1] if len(found) > 1 else found[0] if found else len(grid) - 1)
+
+    # ---- in the loop ---------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The network's input: EDM preconditioning, and the analytic first step where the schedule has one."""
+        if self.tableau is None:
+            return sample
+        if self._step_index is None and self.analytic_first_step and self._first_index(timestep) == 0:
+            self.opened = True
+            sample = self.open(sample)
+        if self.model_config.sigma_data is None:
+            return sample
+        index = self._first_index(timestep) if self._step_index is None else self._step_index
+        sigma = self.tableau.stages[min(index, len(self.tableau.stages) - 1)].query.sigma
+        return sample * (sigma**2 + self.model_config.sigma_data**2) ** -0.5
+
+    def open(self, sample: Tensor) -> Tensor:
+        """Apply the steps before the first network evaluation to the starting noise (B, *E)."""
+        assert self.tableau is not None
+        if self.tableau.first_x0 is not None and self.tableau.first_x0.shape != sample.shape[1:]:
+            mean, state = tuple(self.tableau.first_x0.shape), tuple(sample.shape[1:])
+            raise ValueError(f"first_x0 has shape {mean}, the state {state}")
+        return Engine(self.tableau, _wide(sample)).x.to(sample.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SolverSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take the network's output at ``timestep`` and return the next state to evaluate it at.
+
+        Args:
+            model_output: (B, *E), or (B, 2C, ...) for learned-variance models.
+            timestep: used to find the start when `set_begin_index` was not called.
+            sample: (B, *E), the state the output belongs to; edits made since the last step are honoured.
+            generator: noise source of stochastic schedules.
+            return_dict: a `SolverSchedulerOutput`, or a tuple of the same.
+
+        Raises:
+            RuntimeError: before `set_timesteps`, or after the last step.
+            ValueError: shapes that do not fit.
+        """
+        if self.tableau is None:
+            raise RuntimeError("call set_timesteps before step")
+        if self._engine is None:
+            self._start(timestep, sample)
+        engine = self._engine
+        assert engine is not None and self._step_index is not None
+        query = engine.query
+        if query is None:
+            raise RuntimeError(f"all {len(self.timesteps)} steps are done; call set_timesteps to start again")
+        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        if model_output.shape != sample.shape:
+            raise ValueError(f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}")
+        first = self.analytic_first_step and self._step_index == 0
+        state = engine.x if first else _wide(sample)
+        model = self.model_config
+        x0 = to_x0(_wide(model_output), state, query.alpha, query.sigma, model.prediction_type, model.sigma_data)
+        engine.tell(x0, state)
+        self._step_index += 1
+        prev_sample = engine.x.to(model_output.dtype)
+        if not return_dict:
+            return prev_sample, x0
+        return SolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _first_index(self, timestep: float | Tensor | None) -> int:
+        if self._begin_index is not None:
+            return self._begin_index
+        return 0 if timestep is None else self.index_for_timestep(timestep)
+
+    def _start(self, timestep: float | Tensor, sample: Tensor) -> None:
+        """Open a run at the timestep's place; steps whose history lies before it become first order."""
+        assert self.tableau is not None and self.solver_schedule is not None
+        index = self._first_index(timestep)
+        if not 0 <= index < len(self.tableau.stages):
+            raise ValueError(f"begin index {index} is outside the {len(self.tableau.stages)} steps of the schedule")
+        tableau = self.tableau
+        if index > 0:
+            tail = self.solver_schedule.tail(self.tableau.stages[index].query.node)
+            tableau = Tableau.build(tail, self.noise_schedule)
+        elif self.analytic_first_step and not (self.opened or self._opened_by_hook):
+            raise RuntimeError(
+                "this pipeline did not call scale_model_input, so the analytic first step never reached the network; use "
+                "`with samplers.schedulers.swap(pipe, schedule): ...`"
+            )
+        clip = None
+        if tableau.clip == "config":
+            clip = clip_from_config(self.config, self.recipe.recipe.honours if self.recipe else ())
+        self._engine = Engine(tableau, _wide(sample), clip)
+        self._step_index = index
+
+    def _reset(self) -> None:
+        self._engine: Engine | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self.opened = False
+
+    # ---- noising -------------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise x0 to ``timesteps`` (B,): alpha x0 + sigma noise, in the dtype of ``original_samples``."""
+        t = self.noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
+        alpha, sigma = self.noise_schedule.alpha_sigma(t)
+        shape = (-1, *[1] * (original_samples.ndim - 1))
+        alpha, sigma = alpha.to(original_samples).reshape(shape), sigma.to(original_samples).reshape(shape)
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` in the argument order of flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The training target of v-prediction, alpha noise - sigma x0 (flow: noise - x0)."""
+        if self.model_config.prediction_type == FLOW_PREDICTION:
+            return noise - sample
+        t = self.noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
+        alpha, sigma = self.noise_schedule.alpha_sigma(t)
+        shape = (-1, *[1] * (sample.ndim - 1))
+        return alpha.to(sample).reshape(shape) * noise - sigma.to(sample).reshape(shape) * sample
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in the arithmetic's dtype: at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _resolve(source: str | Path) -> str | dict[str, Any]:
+    """Recipe text as it is; a file or a shipped name as its content, so that saved pipelines carry the schedule itself."""
+    text = str(source)
+    name = text.partition(":")[0].strip()
+    if name in RECIPES or name in ALIASES:
+        return text
+    if Path(source).is_file() or text in shipped_schedules():
+        return SolverSchedule.load(source).to_dict()
+    known, shipped = ", ".join([*RECIPES, *ALIASES]), ", ".join(shipped_schedules()) or "none"
+    raise ValueError(f"unknown schedule {text!r}: no recipe ({known}), no file, no shipped schedule ({shipped})")
+
+
+def _load_mean(path: str | Path) -> Tensor:
+    tensors = load_file(path)
+    if len(tensors) != 1:
+        raise ValueError(f"{path}: expected one tensor, the data's mean, found {', '.join(sorted(tensors)) or 'none'}")
+    return next(iter(tensors.values())).to(torch.float32)

@@ -1,0 +1,135 @@
+"""Time grids as in-tree schedulers would choose them from their config, in the noise schedule's t.
+
+Here rounding, offsets and shifts follow diffusers, so that a swapped solver visits the same points as the class it replaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config_reader import flow_shift_of
+from ..noise import NoiseSchedule
+from ..recipes.grids import flow_shift
+
+
+def config_times(
+    noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, inclusive: bool, final: str | None, mu: float | None
+) -> tuple[float, ...]:
+    """n evaluation times and the final one, as the config's class would place them.
+
+    Args:
+        noise: the noise schedule.
+        config: the scheduler's config.
+        n: evaluation times.
+        inclusive: "linspace" and "leading" in the manner of DDIM and Euler, not of DPM-Solver.
+        final: "zero" or "sigma_min" when the recipe says so; None leaves it to the config.
+        mu: dynamic shift of flow models.
+    """
+    if noise.family == "flow":
+        return (*flow_times(config, n, mu).tolist(), 0.0)
+    if noise.family == "edm":
+        points = _sigma_ramp(noise.t_max, noise.t_min, n, str(config.get("sigma_schedule") or "karras"), config)
+    elif config.get("use_karras_sigmas") or config.get("use_exponential_sigmas"):
+        high, low = (float(torch.exp(-noise.lam(t))) for t in (1.0, noise.t_min))
+        kind = "karras" if config.get("use_karras_sigmas") else "exponential"
+        points = noise.t_of_lam(-torch.log(_sigma_ramp(high, low, n, kind, config)))
+    else:
+        points = noise.t_of_timestep(training_steps(noise, config, n, inclusive=inclusive))
+    points[0] = points[0].clamp(max=noise.t_max)
+    end = 0.0 if (final or _config_final(config, inclusive)) == "zero" else noise.t_min
+    if points[-1] <= end:  # the grid already ends at sigma_min: a further step there would not move
+        end = 0.0
+    return (*points.tolist(), end)
+
+
+def _config_final(config: Mapping[str, Any], inclusive: bool) -> str:
+    if inclusive and config.get("set_alpha_to_one") is False:  # DDIM's spelling of the same choice
+        return "sigma_min"
+    return str(config.get("final_sigmas_type") or "zero")
+
+
+def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, inclusive: bool) -> Tensor:
+    """n training steps (0-based, decreasing) by ``timestep_spacing`` (arXiv:2305.08891, table 2).
+
+    Raises:
+        ValueError: unknown spacing, or more points than training steps.
+    """
+    total = int(noise.parameters["num_train_timesteps"])
+    if n > total:
+        raise ValueError(f"num_inference_steps {n} is more than the {total} training steps of this model")
+    spacing, offset = config.get("timestep_spacing") or "linspace", int(config.get("steps_offset") or 0)
+    floor = config.get("lambda_min_clipped")
+    if floor is not None and floor > -math.inf and not inclusive:
+        lam = noise.lam(noise.t_of_timestep(torch.arange(total, dtype=torch.float64)))
+        total -= int((lam < floor).sum())
+    if spacing == "linspace":
+        steps = torch.linspace(0, total - 1, n if inclusive else n + 1, dtype=torch.float64).round().flip(0)
+        steps = steps if inclusive else steps[:-1]
+        return steps if n > 1 or not inclusive else torch.full((1,), float(total - 1), dtype=torch.float64)
+    if spacing == "leading":
+        ratio = total // (n if inclusive else n + 1)
+        first = 0 if inclusive else 1
+        steps = (torch.arange(first, first + n, dtype=torch.float64) * ratio).flip(0) + offset
+        return steps.clamp(max=total - 1)
+    if spacing == "trailing":
+        return (total - torch.arange(n, dtype=torch.float64) * (total / n)).round() - 1
+    raise ValueError(f"unknown timestep_spacing {spacing!r}; known: linspace, leading, trailing")
+
+
+def _sigma_ramp(high: float, low: float, n: int, kind: str, config: Mapping[str, Any]) -> Tensor:
+    """n noise levels from ``high`` to ``low``, both included."""
+    if kind == "exponential":
+        return torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
+    rho = float(config.get("rho") or 7.0)
+    return torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64) ** rho
+
+
+def dynamic_shift(config: Mapping[str, Any], mu: float) -> float:
+    """The shift that ``mu`` means under the config's ``time_shift_type``."""
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def flow_times(config: Mapping[str, Any], n: int, mu: float | None, sigmas: Sequence[float] | None = None) -> Tensor:
+    """n evaluation times of a flow model, shifted as its config says.
+
+    Without ``sigmas`` the unshifted times are those of the config's class: flow-match schedulers run linearly between the
+    shifted ends of the training range, which shifts the low end twice (diffusers issue 13243); DPM-Solver-like ones stop
+    one step short of 1 / num_train_timesteps.
+
+    Args:
+        config: the scheduler's config.
+        n: evaluation times.
+        mu: dynamic shift; required by configs with ``use_dynamic_shifting``.
+        sigmas: the pipeline's own unshifted times instead.
+
+    Raises:
+        ValueError: dynamic shifting without ``mu``.
+    """
+    total = int(config.get("num_train_timesteps") or 1000)
+    shift, dynamic = flow_shift_of(config), bool(config.get("use_dynamic_shifting"))
+    if dynamic and mu is None:
+        raise ValueError("this model's config uses dynamic shifting: pass mu to set_timesteps, as its pipeline does")
+    if sigmas is not None:
+        t = torch.as_tensor(sigmas, dtype=torch.float64)
+    elif config.get("use_flow_sigmas"):
+        t = torch.linspace(1, 1 / total, n + 1, dtype=torch.float64)[:-1]
+    else:
+        low = torch.tensor(1 / total, dtype=torch.float64)
+        low = low if dynamic else flow_shift(low, shift)
+        t = torch.linspace(1.0, low.item(), n, dtype=torch.float64)
+    if dynamic:
+        assert mu is not None
+        shift = dynamic_shift(config, mu)
+    t = flow_shift(t, shift)
+    terminal = config.get("shift_terminal")
+    if terminal:
+        t = 1 - (1 - t) * ((1 - terminal) / (1 - t[-1]))
+    if config.get("use_karras_sigmas") or config.get("use_exponential_sigmas"):
+        kind = "karras" if config.get("use_karras_sigmas") else "exponential"
+        t = _sigma_ramp(float(t[0]), float(t[-1]), n, kind, config)
+    return t.clamp(max=1.0)

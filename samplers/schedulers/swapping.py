@@ -1,0 +1,68 @@
+"""Swapping a pipeline's scheduler for a while, with what an analytic first step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..strategy import SolverSchedule
+from .solver_scheduler import SolverScheduler
+
+_INPUTS = ("hidden_states", "sample")  # the state's name among a denoiser's keyword arguments
+
+
+@contextmanager
+def swap(
+    pipe: DiffusionPipeline, schedule: str | Path | Mapping[str, Any] | SolverSchedule, **options: Any
+) -> Iterator[SolverScheduler]:
+    """Run ``pipe`` with a solver schedule inside the block; the old scheduler is back afterwards, errors included.
+
+    Args:
+        pipe: any pipeline with a ``scheduler`` and a ``unet`` or ``transformer``.
+        schedule: recipe text, path or name of a JSON schedule, its dict, or a `SolverSchedule`.
+        options: passed to `SolverScheduler.from_config`.
+
+    Raises:
+        ValueError: see `SolverScheduler.from_config`; also an analytic first step in a pipeline without a known denoiser.
+    """
+    if isinstance(schedule, SolverSchedule):
+        schedule = schedule.to_dict()
+    old = pipe.scheduler
+    scheduler = SolverScheduler.from_config(old.config, schedule=schedule, _opened_by_hook=True, **options)
+    hook = _open_first_input(pipe, scheduler) if scheduler.analytic_first_step else None
+    pipe.scheduler = scheduler
+    try:
+        yield scheduler
+    finally:
+        pipe.scheduler = old
+        if hook is not None:
+            hook.remove()
+
+
+def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> Any:
+    """Apply the analytic first step to the denoiser's first input of a run, unless the pipeline did so itself."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(denoiser, torch.nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has no unet or transformer to apply the analytic first step to")
+
+    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        due = scheduler.tableau is not None and scheduler.step_index is None and not scheduler.opened
+        if not due or scheduler.begin_index not in (None, 0):
+            return None
+        if args:
+            return (_opened(args[0]), *args[1:]), kwargs
+        name = next((key for key in _INPUTS if key in kwargs), None)
+        if name is None:
+            raise ValueError(f"cannot find the state among the inputs of {type(module).__name__}: {', '.join(kwargs)}")
+        return args, {**kwargs, name: _opened(kwargs[name])}
+
+    def _opened(sample: Tensor) -> Tensor:
+        return scheduler.open(sample)
+
+    return denoiser.register_forward_pre_hook(before, with_kwargs=True)

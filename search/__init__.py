@@ -1,0 +1,3 @@
+"""Search for solver schedules. The name is reserved; there is nothing in this package yet."""
+
+__all__: list[str] = []
