@@ -51,10 +51,10 @@ clean: ## remove caches and build results; .venv and runs/ stay
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(RUNTIME): pyproject.toml | $(PY)
-	$(PY) -m pip install -e .
+$(RUNTIME): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -c constraints.txt -e .
 	@touch $@
 
-$(DEV): pyproject.toml | $(PY)
-	$(PY) -m pip install -e ".[dev]"
+$(DEV): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install -c constraints.txt -e ".[dev]"
 	@touch $(RUNTIME) $@

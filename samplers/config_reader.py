@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -142,12 +143,12 @@ def betas_of(values: Mapping[str, Any]) -> Tensor:
         return torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float32)) * (end - start) + start
     if kind == "squaredcos_cap_v2":
         bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bars, bars[1:], strict=False)], dtype=torch.float32)
+        return torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bars)], dtype=torch.float32)
     raise ValueError(f"unknown beta_schedule {kind!r}; known: {', '.join(BETA_SCHEDULES)}")
 
 
 def alphas_cumprod_of(values: Mapping[str, Any]) -> Tensor:
-    """The cumulative products (N,) of 1 - beta, computed in float32, with the config's rescaling to zero terminal signal-to-noise ratio."""
+    """The cumulative products (N,) of 1 - beta, computed in float32, with the config's rescaling to zero terminal SNR."""
     bars = torch.cumprod(1.0 - betas_of(values), dim=0)
     scale = values.get("snr_shift_scale")
     if scale is not None:  # CogVideoX, arXiv:2408.06072

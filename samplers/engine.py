@@ -1,14 +1,12 @@
 """Layer 3: what the machine does. Walks a tableau by ask/tell, so the native loop and a diffusers scheduler share it.
 
-    engine = Engine(tableau, x)
-    while engine.query is not None:
-        engine.tell(denoiser(engine.x, engine.query.t))
-    engine.x
+The whole protocol: ``while engine.query is not None: engine.tell(denoiser(engine.x, engine.query.t))``, then ``engine.x``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,11 +32,12 @@ class Engine:
         """Start at the noise ``x`` (B, *E) in the arithmetic's dtype; ``clip`` processes every x0-prediction."""
         self.tableau, self.position, self.clip = tableau, 0, clip
         if clip is None and isinstance(tableau.clip, float):
-            bound = tableau.clip
-            self.clip = lambda x0: x0.clamp(-bound, bound)
+            self.clip = partial(_clamp, bound=tableau.clip)
         self.memory = {"x0": x}
         if tableau.first_x0 is not None:
-            self.memory["first_x0"] = tableau.first_x0.to(x)
+            if tableau.first_x0.shape != x.shape[1:]:
+                raise ValueError(f"first_x0 has shape {tuple(tableau.first_x0.shape)}, the state {tuple(x.shape[1:])}")
+            self.memory["first_x0"] = tableau.first_x0.to(x).expand_as(x)
         self._apply(tableau.opening)
 
     @property
@@ -76,16 +75,13 @@ class Engine:
             memory[stage.raw] = x0
         memory[stage.query.output] = x0 if self.clip is None else self.clip(x0)
         self._apply(stage.rows)
-        for name in [name for name in memory if name not in stage.keep and name != "first_x0"]:
+        for name in [name for name in memory if name not in stage.keep]:
             del memory[name]
         self.position += 1
 
     def select(self, index: Tensor) -> None:
         """Permute or duplicate samples: everything remembered follows ``index`` (B',) along the batch."""
-        shared = self.memory.pop("first_x0", None)
         self.memory = {name: value[index] for name, value in self.memory.items()}
-        if shared is not None:
-            self.memory["first_x0"] = shared
 
     def _apply(self, rows: tuple[Row, ...]) -> None:
         memory = self.memory
@@ -93,8 +89,18 @@ class Engine:
             memory[row.target] = weighted_sum([(c, memory[name]) for name, c in row.terms])
 
 
+def _clamp(x0: Tensor, bound: float) -> Tensor:
+    return x0.clamp(-bound, bound)
+
+
 def iterate(
-    denoiser: Denoiser, x: Tensor, schedule: SolverSchedule | Tableau, noise_schedule: NoiseSchedule, **known: Tensor | None
+    denoiser: Denoiser,
+    x: Tensor,
+    schedule: SolverSchedule | Tableau,
+    noise_schedule: NoiseSchedule,
+    *,
+    first_x0: Tensor | None = None,
+    statistics: None = None,
 ) -> Iterator[Engine]:
     """Run a schedule, yielding the engine before the first query and after every answer.
 
@@ -105,7 +111,10 @@ def iterate(
         raise ValueError(f"x must be a floating-point tensor of shape (batch, ...), got {kind}")
     if x.ndim < 1:
         raise ValueError("x must have a batch dimension, got a 0-d tensor")
-    tableau = schedule if isinstance(schedule, Tableau) else Tableau.build(schedule, noise_schedule, **known)
+    if isinstance(schedule, Tableau):
+        tableau = schedule
+    else:
+        tableau = Tableau.build(schedule, noise_schedule, first_x0=first_x0, statistics=statistics)
     engine = Engine(tableau, x.to(torch.promote_types(x.dtype, torch.float32)))
     yield engine
     while (query := engine.query) is not None:

@@ -86,9 +86,7 @@ class NoiseSchedule:
         r"""Variance exploding in the frame of Karras et al. 2022 (arXiv:2206.00364): $\alpha = 1$, $\sigma = t$."""
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"edm needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-        return cls(
-            "edm", float(sigma_max), float(sigma_min), {"sigma_min": float(sigma_min), "sigma_max": float(sigma_max)}
-        )
+        return cls("edm", float(sigma_max), float(sigma_min), {"sigma_min": float(sigma_min), "sigma_max": float(sigma_max)})
 
     @classmethod
     def flow(cls, shift: float = 1.0) -> NoiseSchedule:
@@ -120,8 +118,16 @@ class NoiseSchedule:
 
     @property
     def family(self) -> str:
-        """ "vp", "edm" or "flow": what decides how alpha and sigma are tied."""
+        """What decides how alpha and sigma are tied: "vp", "edm" or "flow"."""
         return self.kind.split("_")[0]
+
+    @property
+    def _betas(self) -> tuple[float, float]:
+        return float(self.parameters["beta_min"]), float(self.parameters["beta_max"])
+
+    @property
+    def _training_steps(self) -> int:
+        return int(self.parameters.get("num_train_timesteps", 1000))
 
     def clamp(self, t: Time) -> Tensor:
         """``t`` as float64 within [0, t_max].
@@ -140,7 +146,7 @@ class NoiseSchedule:
     def _neg_log_alpha(self, t: Tensor) -> Tensor:
         r"""$-\log\alpha$ of the VP families, >= 0; exact near t = 0."""
         if self.kind == "vp_linear":
-            low, high = self.parameters["beta_min"], self.parameters["beta_max"]
+            low, high = self._betas
             return t * t * ((high - low) / 4) + t * (low / 2)
         assert self.table is not None
         table = self.table.to(t.device)
@@ -192,7 +198,7 @@ class NoiseSchedule:
             return ((angle - start) * ((1 + COSINE_OFFSET) * 2 / math.pi)).clamp(0.0, 1.0)
         loss = 0.5 * F.softplus(-2 * lam)  # -log alpha
         if self.kind == "vp_linear":
-            low, high = self.parameters["beta_min"], self.parameters["beta_max"]
+            low, high = self._betas
             b = low / 2
             return (2 * loss / (b + torch.sqrt(b * b + (high - low) * loss))).clamp(max=1.0)
         assert self.table is not None
@@ -214,7 +220,7 @@ class NoiseSchedule:
             return 0.25 * torch.log(t)
         if self.kind == "flow":
             return 1000.0 * t
-        return t * self.parameters.get("num_train_timesteps", 1000) - 1.0
+        return t * self._training_steps - 1.0
 
     def t_of_timestep(self, timestep: Time) -> Tensor:
         """The inverse of `timestep`, float64."""
@@ -223,7 +229,7 @@ class NoiseSchedule:
             return torch.exp(4.0 * timestep)
         if self.kind == "flow":
             return timestep / 1000.0
-        return (timestep + 1.0) / self.parameters.get("num_train_timesteps", 1000)
+        return (timestep + 1.0) / self._training_steps
 
 
 def _cosine_angles(t: Tensor) -> tuple[float, Tensor]:

@@ -28,9 +28,7 @@ def check_parametrization(kind: str) -> str:
     return kind
 
 
-def x0_coefficients(
-    kind: str, alpha: Scalar, sigma: Scalar, sigma_data: float | None = None
-) -> tuple[Scalar, Scalar]:
+def x0_coefficients(kind: str, alpha: Scalar, sigma: Scalar, sigma_data: float | None = None) -> tuple[Scalar, Scalar]:
     r"""$(c_x, c_o)$ with $x_0 = c_x x_t + c_o\,\mathrm{output}$.
 
     epsilon: output $= \epsilon$. sample: output $= x_0$. v_prediction: output $= \alpha\epsilon - \sigma x_0$ (Salimans & Ho
@@ -65,9 +63,7 @@ def x0_coefficients(
     return 1 / norm, -sigma / norm
 
 
-def to_x0(
-    output: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, kind: str, sigma_data: float | None = None
-) -> Tensor:
+def to_x0(output: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, kind: str, sigma_data: float | None = None) -> Tensor:
     """The x0-prediction in a network's output.
 
     Args:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 
 FORMAT = "solver-schedule/1"
 MAX_ORDER = 4
+NAMES = {"pred": ("x0", "eps"), "axis": ("lambda", "sigma", "t", "index"), "source": ("model", "zero_x0", "average_x0")}
 
 Relax = float | Literal["bh1", "bh2", "half", "exp+", "exp-"] | None
 Nodes = int | tuple[int, ...] | None
@@ -27,7 +29,7 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Immutable, JSON-native, refuses unknown keys."""
 
 
-class Corrector(_Data):
+class Corrector(_Data, frozen=True):
     """Redo the step once the network's answer at its end is known (UniC, arXiv:2302.04867; arXiv:2312.07243).
 
     Nodes count from the end of the history that includes the new node, which is -1.
@@ -47,7 +49,7 @@ class Corrector(_Data):
     reeval: bool = False
 
 
-class Evaluation(_Data):
+class Evaluation(_Data, frozen=True):
     """How the x0-prediction at the start of a step is obtained.
 
     Attributes:
@@ -58,7 +60,7 @@ class Evaluation(_Data):
     source: Literal["model", "zero_x0", "average_x0"] = "model"
 
 
-class Residual(_Data):
+class Residual(_Data, frozen=True):
     """Learned additions to a step's compiled coefficients (S4S, GS, BNS, DyWeight), oldest node first.
 
     Attributes:
@@ -70,7 +72,7 @@ class Residual(_Data):
     x0: tuple[float, ...] = ()
 
 
-class StepStrategy(_Data):
+class StepStrategy(_Data, frozen=True):
     r"""One step: a Taylor expansion of the network's prediction, integrated exactly (arXiv:2312.07243). Default: DDIM.
 
     Attributes:
@@ -109,7 +111,7 @@ class Stencil(msgspec.Struct, frozen=True):
     derivatives: tuple[tuple[tuple[int, ...], Relax], ...]
 
 
-class SolverSchedule(_Data):
+class SolverSchedule(_Data, frozen=True):
     """Times and one strategy per step: the object that is searched, saved and run.
 
     Attributes:
@@ -132,9 +134,12 @@ class SolverSchedule(_Data):
     provenance: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "times", tuple(self.times))
+        """Refuse an invalid schedule."""
+        msgspec.structs.force_setattr(self, "times", tuple(t if torch.is_tensor(t) else float(t) for t in self.times))
         msgspec.structs.force_setattr(self, "steps", tuple(self.steps))
         _check_times(self.times, len(self.steps))
+        if isinstance(self.clip, int):
+            msgspec.structs.force_setattr(self, "clip", float(self.clip))
         if isinstance(self.clip, float) and not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
         for i in range(len(self.steps)):
@@ -159,7 +164,7 @@ class SolverSchedule(_Data):
     @property
     def digest(self) -> str:
         """Hash of everything that decides the numbers (not of name, path or provenance)."""
-        content = {key: value for key, value in self.to_dict().items() if key in ("times", "steps", "clip")}
+        content = _as_floats({key: value for key, value in self.to_dict().items() if key in ("times", "steps", "clip")})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def stencil(self, i: int) -> Stencil:
@@ -190,8 +195,7 @@ class SolverSchedule(_Data):
             raise ValueError(f"start {step.start} is outside the history, which holds nodes -{i + 1}..-1")
         if step.eval.source != "model" and i > 0:
             raise ValueError(f"source {step.eval.source!r} is analytic and only possible at steps[0]")
-        if isinstance(step.pred, tuple) and step.axis != "lambda":
-            raise ValueError(f"pred (l, r) is defined on axis 'lambda' only, got {step.axis!r}")
+        _check_values(step)
         _check_stencil(self.stencil(i), i)
         if step.delta is not None and max(len(step.delta.x), len(step.delta.x0)) > i + 1:
             raise ValueError(f"delta names more nodes than the {i + 1} in the history")
@@ -211,10 +215,12 @@ class SolverSchedule(_Data):
         steps = []
         for j, step in enumerate(self.steps[i:]):
             nodes = {self.stencil(i + j).start, *(n for d in self.stencil(i + j).derivatives for n in d[0])}
+            nodes |= set(_absolute(step.nodes or (), i + j))
             residual = step.delta is not None and i > 0
             if min(nodes) >= i and not residual:
                 if step.corr is not None:
                     needed = [n for d in self.corrector_stencil(i + j).derivatives for n in d[0]]
+                    needed += _absolute(step.corr.nodes or (), i + j + 1)
                     if min(needed) < i:
                         step = msgspec.structs.replace(step, corr=None)
                 steps.append(step)
@@ -296,15 +302,26 @@ class SolverSchedule(_Data):
             raise ValueError(f"{path}: {error}") from None
 
 
+def configs_folder() -> Path:
+    """The configs that come with the package: inside it when installed, beside it in a source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
 def shipped_schedules() -> dict[str, Path]:
     """Names and files of the found schedules that come with the package."""
-    installed = Path(__file__).parent / "schedules_found"
-    source_tree = Path(__file__).parent.parent / "configs" / "schedules"
-    folder = installed if installed.is_dir() else source_tree
-    return {path.stem: path for path in folder.glob("*.json")}
+    return {path.stem: path for path in (configs_folder() / "schedules").glob("*.json")}
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------
+
+
+def _as_floats(value: Any) -> Any:  # so that 1 and 1.0 have one digest
+    if isinstance(value, dict):
+        return {key: _as_floats(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_floats(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _numbers(times: tuple[Any, ...]) -> Iterator[float]:
@@ -319,10 +336,21 @@ def _check_times(times: tuple[Any, ...], steps: int) -> None:
         if not math.isfinite(t):
             raise ValueError(f"times[{i}] is {t}")
     falling = values[0] > values[-1]
-    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(values)):
         if a == b or (a > b) != falling:
             word = "decrease" if falling else "increase"
             raise ValueError(f"times must strictly {word}: times[{i}] = {a:g} and times[{i + 1}] = {b:g}")
+
+
+def _check_values(step: StepStrategy) -> None:
+    for key, value in (("pred", step.pred), ("axis", step.axis), ("source", step.eval.source)):
+        if not isinstance(value, tuple) and value not in NAMES[key]:
+            raise ValueError(f"unknown {key} {value!r}; known: {', '.join(NAMES[key])}")
+    if isinstance(step.pred, tuple) and step.axis != "lambda":
+        raise ValueError(f"pred (l, r) is defined on axis 'lambda' only, got {step.axis!r}")
+    delta, pair = step.delta or Residual(), step.pred if isinstance(step.pred, tuple) else ()
+    if not all(math.isfinite(number) for number in _numbers((*pair, *delta.x, *delta.x0))):
+        raise ValueError("pred and delta must be finite")
 
 
 def _absolute(nodes: tuple[int, ...], latest: int) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .noise import NoiseSchedule, as_float64
 from .parametrization import Scalar
+from .phi import GAUSS_LEGENDRE, derivative_weights, exp, is_zero, phi, psi
 from .strategy import Relax, SolverSchedule, Stencil, StepStrategy
 
 Terms = dict[str, Scalar]  # name in memory -> coefficient; names: x3 state, c3 corrected, d3 x0, r3 raw x0, e3 re-evaluated
@@ -108,7 +108,7 @@ class Tableau:
         source = schedule.steps[0].eval.source
         if source == "average_x0" and first_x0 is None:
             raise ValueError("steps[0]: source 'average_x0' needs first_x0, the data's mean")
-        kind = (schedule.path or {}).get("type", noise_schedule.kind)
+        kind = str((schedule.path or {}).get("type", noise_schedule.kind))
         if kind.split("_")[0] != noise_schedule.family:
             raise ValueError(f"the schedule's times belong to {kind!r}, not to the {noise_schedule.kind!r} noise schedule")
         symbolic = any(torch.is_tensor(t) for t in schedule.times)
@@ -231,11 +231,11 @@ class _Compiler:
         if isinstance(step.pred, tuple):
             l, r = step.pred
             h = self._finite_step(i, s, t)
-            decay = t.alpha * _exp(-l * h)
+            decay = t.alpha * exp(-l * h)
             terms = {state: decay / s.alpha}
-            _add(terms, decay * h * _psi(1, (l + r) * h), self._prediction(start, start, step))
+            _add(terms, decay * h * psi(1, (l + r) * h), self._prediction(start, start, step))
             return terms
-        if _is_zero(s.sigma):
+        if is_zero(s.sigma):
             raise ValueError(f"steps[{i}] starts at sigma = 0, where x0 is already known")
         carry = t.sigma / s.sigma
         if step.pred == "x0" or state == s.state:
@@ -256,6 +256,8 @@ class _Compiler:
         s, t = self.nodes[stencil.start], self.nodes[i + 1]
         centre = self._prediction(stencil.start, stencil.start, step) if stencil.derivatives else {}
         for k, (nodes, relax) in enumerate(stencil.derivatives, start=1):
+            if isinstance(step.pred, tuple) and any(is_zero(self.nodes[n].alpha * self.nodes[n].sigma) for n in nodes):
+                raise ValueError(f"steps[{i}]: (l, r) prediction is not defined at its node with alpha = 0 or sigma = 0")
             position = [self._axis(n, step) - self._axis(stencil.start, step) for n in nodes]
             scale = self._moment(k, i, s, t, step) * self._relaxation(relax, i, s, t, step)
             for n, weight in zip(nodes, derivative_weights(position, k), strict=True):
@@ -265,11 +267,12 @@ class _Compiler:
 
     def _axis(self, n: int, step: StepStrategy) -> Scalar:
         node = self.nodes[n]
-        return {"lambda": node.lam, "sigma": _exp(-node.lam), "t": node.t, "index": float(n)}[step.axis]
+        return {"lambda": node.lam, "sigma": exp(-node.lam), "t": node.t, "index": float(n)}[step.axis]
 
     def _prediction(self, n: int, start: int, step: StepStrategy) -> Terms:
         """What the step expands, at node n: x0, eps, or the (l, r) mixture relative to the start."""
-        node, terms = self.nodes[n], {}
+        node = self.nodes[n]
+        terms: Terms = {}
         if step.pred == "x0":
             return node.x0 or {}
         if step.pred == "eps":
@@ -277,7 +280,7 @@ class _Compiler:
             _add(terms, -node.alpha / node.sigma, node.x0 or {})
             return terms
         l, r = step.pred
-        decay = _exp(-r * (node.lam - self.nodes[start].lam))
+        decay = exp(-r * (node.lam - self.nodes[start].lam))
         _add(terms, decay, node.x0 or {})
         _add(terms, decay * (l - 1) / node.alpha, {node.state: 1.0})
         return terms
@@ -285,13 +288,13 @@ class _Compiler:
     def _moment(self, k: int, i: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
         r"""$m_k$, the exact integral of kernel times $(g - g_s)^k / k!$ over the step; k >= 1."""
         data = step.pred == "x0"
-        if _is_zero(t.sigma) and step.pred != "eps":
+        if is_zero(t.sigma) and step.pred != "eps":
             raise ValueError(
                 f"steps[{i}]: order {step.order} with pred {step.pred!r} cannot end at sigma = 0 (its weights diverge); "
                 "use order 1 or pred 'eps' there"
             )
         if step.axis == "index":
-            if _is_zero(s.alpha) and not data:
+            if is_zero(s.alpha) and not data:
                 raise ValueError(f"steps[{i}]: pred 'eps' on axis 'index' cannot start at alpha = 0 with order above 1")
             first = t.alpha - s.alpha * t.sigma / s.sigma if data else t.sigma - t.alpha * s.sigma / s.alpha
             return first / math.factorial(k + 1)
@@ -299,22 +302,29 @@ class _Compiler:
             if isinstance(step.pred, tuple):
                 l, r = step.pred
                 h = self._finite_step(i, s, t)
-                return t.alpha * _exp(-l * h) * h ** (k + 1) * _psi(k + 1, (l + r) * h)
+                return t.alpha * exp(-l * h) * h ** (k + 1) * psi(k + 1, (l + r) * h)
             h = t.lam - s.lam
             if data:
                 return t.alpha * h ** (k + 1) * phi(k + 1, -h)
-            if _is_zero(t.sigma):
-                return -t.alpha * _exp(-s.lam)
+            if is_zero(t.sigma):
+                return -t.alpha * exp(-s.lam)
             return -t.sigma * h ** (k + 1) * phi(k + 1, h)
-        # By parts: integral of u^k/k! dF = [u^k/k! F] - integral of u^(k-1)/(k-1)! F du, with F = sigma/alpha or its inverse.
+        return self._moment_by_parts(k, s, t, step)
+
+    def _moment_by_parts(self, k: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
+        """The integral in sigma/alpha or in t: [u^k/k! F] - integral of u^(k-1)/(k-1)! F du, F = sigma/alpha or its inverse."""
+        data = step.pred == "x0"
         sign = 1.0 if data else -1.0
         scale = t.sigma if data else t.alpha
-        end = _exp(sign * t.lam)
+        end = exp(sign * t.lam)
         if step.axis == "sigma":
-            start_at, width = _exp(-s.lam), _exp(-t.lam) - _exp(-s.lam)
+            start_at, width = exp(-s.lam), exp(-t.lam) - exp(-s.lam)
             if not data:
                 return scale * width ** (k + 1) / math.factorial(k + 1)
-            level: Callable[[Scalar], Scalar] = lambda u: 1.0 / (start_at + u)
+
+            def level(u: Scalar) -> Scalar:
+                return 1.0 / (start_at + u)
+
         else:
             start_at, width = s.t, t.t - s.t
 
@@ -323,9 +333,7 @@ class _Compiler:
                 value = torch.exp(sign * lam.clamp(min=LOG_SNR_FLOOR))
                 return value if torch.is_tensor(u) else value.item()
 
-        inner = sum(
-            weight * (width * x) ** (k - 1) / math.factorial(k - 1) * level(width * x) for x, weight in _GAUSS_LEGENDRE
-        )
+        inner = sum(weight * (width * x) ** (k - 1) / math.factorial(k - 1) * level(width * x) for x, weight in GAUSS_LEGENDRE)
         return scale * (width**k / math.factorial(k) * end - width * inner)
 
     def _relaxation(self, relax: Relax, i: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
@@ -334,82 +342,22 @@ class _Compiler:
             return 1.0
         if relax == "half":
             return 0.5
-        if _is_zero(t.sigma):
+        if is_zero(t.sigma):
             raise ValueError(f"steps[{i}] ends at sigma = 0, where h is infinite: relaxation {relax!r} depends on h")
         h = t.lam - s.lam
         if not isinstance(relax, str):
             return 1.0 + relax * h
         z = -h if step.pred == "x0" else h
         if relax in ("exp+", "exp-"):
-            return 1.0 + (0.5 if relax == "exp+" else -0.5) * (_exp(h) - 1.0)
+            return 1.0 + (0.5 if relax == "exp+" else -0.5) * (exp(h) - 1.0)
         return 0.5 * (phi(1, z) if relax == "bh2" else 1.0) / phi(2, z)
 
     def _finite_step(self, i: int, s: _Node, t: _Node) -> Scalar:
-        if _is_zero(t.sigma) or _is_zero(s.alpha):
-            end = "ends at sigma = 0" if _is_zero(t.sigma) else "starts at alpha = 0"
-            raise ValueError(f"steps[{i}] {end}, where h is infinite and (l, r) prediction is not defined")
+        for word, node in (("starts", s), ("ends", t)):
+            if is_zero(node.alpha * node.sigma):
+                where = "sigma = 0" if is_zero(node.sigma) else "alpha = 0"
+                raise ValueError(f"steps[{i}] {word} at {where}, where h is infinite and (l, r) prediction is not defined")
         return t.lam - s.lam
-
-
-# ---- arithmetic over floats and tensors --------------------------------------------------------------------------
-
-
-def _gauss_legendre(n: int) -> list[tuple[float, float]]:
-    """Nodes and weights on [0, 1] by Golub & Welsch (1969): eigenvalues of the Jacobi matrix."""
-    k = torch.arange(1, n, dtype=torch.float64)
-    off = k / (4 * k * k - 1).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return list(zip(((values + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
-
-
-_GAUSS_LEGENDRE = _gauss_legendre(12)
-
-
-def _exp(z: Scalar) -> Scalar:
-    if torch.is_tensor(z):
-        return torch.exp(z)
-    return math.exp(z) if z < 700 else math.inf
-
-
-def _is_zero(value: Scalar) -> bool:
-    return bool(value == 0)
-
-
-def phi(k: int, z: Scalar) -> Scalar:
-    r"""$\varphi_k(z) = \sum_{j \ge 0} z^j / (j + k)!$: $\varphi_1 = (e^z - 1)/z$, $\varphi_{k+1} = (\varphi_k - 1/k!)/z$."""
-    if abs(float(z.detach()) if torch.is_tensor(z) else z) < 1.0:
-        total: Scalar = 0.0
-        for j in range(18, -1, -1):
-            total = total * z + 1.0 / math.factorial(j + k)
-        return total
-    value = (_exp(z) - 1.0) / z
-    for j in range(1, k):
-        value = (value - 1.0 / math.factorial(j)) / z
-    return value
-
-
-def _psi(k: int, z: Scalar) -> Scalar:
-    r"""$\psi_k(z) = e^z \varphi_k(-z)$."""
-    return _exp(z) * phi(k, -z)
-
-
-def derivative_weights(delta: list[Scalar], k: int) -> list[Scalar]:
-    r"""Weights $w_j$ with $D^{(k)} \approx \sum_j w_j (M_j - M_s)$ for nodes at ``delta`` from s, exact on polynomials.
-
-    They solve $\sum_j w_j \delta_j^i / i! = 1[i = k]$, i = 1..m: the k-th derivative at s of the polynomial through s
-    and the nodes, read off the Lagrange basis.
-    """
-    weights = []
-    for j, at in enumerate(delta):
-        coefficients: list[Scalar] = [1.0]  # of the product over the other nodes, constant term first
-        scale: Scalar = at
-        for i, other in enumerate(delta):
-            if i != j:
-                shifted = [0.0, *coefficients]
-                coefficients = [a - other * b for a, b in zip(shifted, [*coefficients, 0.0], strict=True)]
-                scale = scale * (at - other)
-        weights.append(math.factorial(k) * coefficients[k - 1] / scale)
-    return weights
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
@@ -423,7 +371,8 @@ def _add(terms: Terms, scale: Scalar, other: Terms) -> None:
 def _row(target: str, terms: Terms, more: Terms | None = None) -> Row:
     if more:
         _add(terms, 1.0, more)
-    return Row(target, tuple((name, c) for name, c in terms.items() if torch.is_tensor(c) or c != 0.0))
+    kept = tuple((name, c) for name, c in terms.items() if torch.is_tensor(c) or c != 0.0)
+    return Row(target, kept or tuple(terms.items())[:1])  # a row that is zero still has the state's shape
 
 
 def _inline(rows: list[Row], later: set[str] | None = None) -> tuple[Row, ...]:

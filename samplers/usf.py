@@ -40,7 +40,7 @@ def from_usf(mapping: Mapping[str, Any]) -> SolverSchedule:
     for i in range(n):
         order, pred = int(mapping["orders"][i]), _known(mapping["prediction_types"][i], _PREDICTIONS, "prediction type")
         nodes, relax = _derivatives(mapping["derivative_types"][i], order)
-        source = _known(mapping["afs"], _SOURCES, "afs") if i == 0 else "model"
+        source: Any = _known(mapping["afs"], _SOURCES, "afs") if i == 0 else "model"
         steps.append(
             StepStrategy(
                 order=order,

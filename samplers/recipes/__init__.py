@@ -22,6 +22,15 @@ __all__ = ["ALIASES", "GRIDS", "RECIPES", "Recipe", "RecipeText", "parse_recipe"
 Steps = Callable[..., tuple[StepStrategy, ...]]
 
 
+# Named functions here, not lambdas: schedulers hold a recipe and are pickled.
+def _order_option(options: Mapping[str, Any]) -> int:
+    return int(options["order"])
+
+
+def _order_one(options: Mapping[str, Any]) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named solver and the facts other parts ask for.
@@ -39,7 +48,7 @@ class Recipe:
     steps: Steps
     spacing: str = "exclusive"
     honours: tuple[str, ...] = ()
-    order: Callable[[Mapping[str, Any]], int] = lambda options: int(options["order"])
+    order: Callable[[Mapping[str, Any]], int] = _order_option
     order_grid: str = "any"
 
     @property
@@ -61,8 +70,8 @@ def _dpmpp_order(options: Mapping[str, Any]) -> int:
 RECIPES = {
     r.name: r
     for r in (
-        Recipe("ddim", ddim, "inclusive", ("clip_sample", "thresholding"), order=lambda options: 1),
-        Recipe("euler", euler, "inclusive", order=lambda options: 1),
+        Recipe("ddim", ddim, "inclusive", ("clip_sample", "thresholding"), order=_order_one),
+        Recipe("euler", euler, "inclusive", order=_order_one),
         Recipe("dpmpp", dpmpp, honours=("thresholding",), order=_dpmpp_order),
         Recipe("unipc", unipc, honours=("thresholding",)),
         Recipe("deis", deis, honours=("thresholding",)),
@@ -105,9 +114,7 @@ class RecipeText:
         """Whether the first step needs no evaluation."""
         return bool(self.common["afs"] != "none")
 
-    def schedule(
-        self, noise_schedule: NoiseSchedule, nfe: int, *, at: tuple[float, ...] | None = None
-    ) -> SolverSchedule:
+    def schedule(self, noise_schedule: NoiseSchedule, nfe: int, *, at: tuple[float, ...] | None = None) -> SolverSchedule:
         """The solver schedule with ``nfe`` network evaluations.
 
         Args:

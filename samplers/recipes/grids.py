@@ -89,7 +89,7 @@ def exponential(noise: NoiseSchedule, n: int) -> Tensor:
 
 
 def uniform_lambda(noise: NoiseSchedule, n: int) -> Tensor:
-    r"""Uniform in $\lambda$: n + 1 points from $\lambda(t_{max})$ to $\lambda(t_{min})$, the last left out (arXiv:2206.00927)."""
+    r"""Uniform in $\lambda$: n + 1 points from t_max to t_min, the last left out (arXiv:2206.00927)."""
     low, high = max(noise.lam(noise.t_max).item(), LAMBDA_START), noise.lam(noise.t_min).item()
     t = noise.t_of_lam(torch.linspace(low, high, n + 1, dtype=torch.float64)[:-1])
     t[0] = noise.t_max
@@ -144,5 +144,5 @@ def times(noise: NoiseSchedule, grid: Grid, n: int, final: str) -> tuple[float, 
         raise ValueError(f"unknown final {final!r}; known: zero, sigma_min")
     if final == "sigma_min" and grid in (karras, exponential, inclusive):
         points = grid(noise, n + 1)  # these include t_min, which is then the end itself
-        return tuple(points[:-1].tolist()) + (noise.t_min,)
-    return tuple(grid(noise, n).tolist()) + ((0.0 if final == "zero" else noise.t_min),)
+        return (*points[:-1].tolist(), noise.t_min)
+    return (*grid(noise, n).tolist(), 0.0 if final == "zero" else noise.t_min)

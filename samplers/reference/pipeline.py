@@ -17,6 +17,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+        """Keep the parts; ``unet`` must be class-conditional."""
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 

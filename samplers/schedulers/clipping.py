@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     return x0.clamp(-bound, bound) / bound
 
 
+def _clamp(x0: Tensor, bound: float) -> Tensor:
+    return x0.clamp(-bound, bound)
+
+
 def clip_from_config(config: Mapping[str, Any], honours: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None:
     """The processing that ``config`` asks for, of the kinds that the recipe honours; None when there is none."""
     if "thresholding" in honours and config.get("thresholding"):
         ratio, top = float(config["dynamic_thresholding_ratio"]), float(config["sample_max_value"])
-        return lambda x0: dynamic_threshold(x0, ratio, top)
+        return partial(dynamic_threshold, ratio=ratio, max_value=top)
     if "clip_sample" in honours and config.get("clip_sample"):
-        bound = float(config.get("clip_sample_range") or 1.0)
-        return lambda x0: x0.clamp(-bound, bound)
+        return partial(_clamp, bound=float(config.get("clip_sample_range") or 1.0))
     return None

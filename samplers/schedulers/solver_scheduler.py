@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(schedule, str | Path):
             schedule = _resolve(schedule)
+        if not isinstance(schedule, str):
+            schedule = json.loads(json.dumps(SolverSchedule.from_dict(schedule).to_dict()))  # lists, as when read back
         self.register_to_config(schedule=schedule)
+        if implied := self.config.get("_use_default_values"):
+            # What names the model always travels with the config; diffusers drops the rest on the way to another class.
+            self.register_to_config(_use_default_values=sorted(set(implied) - {"family", "prediction_type"}))
         self.model_config: ModelConfig = read_config(self.config)
         self.noise_schedule = self.model_config.noise_schedule()
         self.recipe: RecipeText | None = parse_recipe(schedule) if isinstance(schedule, str) else None
@@ -168,9 +174,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._opened_by_hook = False
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the config of any supported diffusers scheduler; keyword arguments override its values.
 
         The raw config decides the family first: diffusers itself would drop values that were defaults of the old class and
@@ -182,19 +186,30 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if config is None:
             raise ValueError("from_config needs a scheduler config; use SolverScheduler(...) to build from values")
-        raw = {key: value for key, value in dict(config).items() if key != "_use_default_values"}
+        raw = dict(config)
+        implied = raw.pop("_use_default_values", ())
+        if "family" in raw:  # once ours: what a class in between has filled in says nothing about the model
+            raw = {key: value for key, value in raw.items() if key not in implied}
         if raw.get("invert_sigmas"):
             raise ValueError("invert_sigmas=True (Mochi) is not supported: its time runs the other way")
         model = read_config(raw)
         raw |= {"family": model.family, "prediction_type": model.prediction_type}
         if model.family == "flow":
             raw["shift"] = flow_shift_of(raw)
-        for flag in ("use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr", "clip_sample", "thresholding"):
+        for flag in (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "rescale_betas_zero_snr",
+            "clip_sample",
+            "thresholding",
+        ):
             if raw.get(flag) is None:
                 raw.pop(flag, None)
         hooked = kwargs.pop("_opened_by_hook", False)
         known = cls._get_init_keys(cls)
-        foreign = {key: value for key, value in raw.items() if key not in known and not key.startswith("_")}
+        foreign = {key: value for key, value in raw.items() if key not in known}
+        if "_class_name" in foreign:
+            foreign["_class_name"] = cls.__name__
         mine = {key: value for key, value in raw.items() if key in known}
         made = super().from_config(mine, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
@@ -267,6 +282,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         nfe = num_inference_steps if given_list is None else len(given_list)
         if nfe is None:
             raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
+        if nfe < 1 or nfe != int(nfe):
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {nfe}")
+        nfe = int(nfe)
         if given_list is not None and num_inference_steps not in (None, nfe):
             raise ValueError(f"num_inference_steps is {num_inference_steps}, but {nfe} times were given")
         if self.fixed is not None:

@@ -16,6 +16,8 @@ from ..config_reader import flow_shift_of
 from ..noise import NoiseSchedule
 from ..recipes.grids import flow_shift
 
+STILL = 1e-9  # relative length of a step that is none, since the times of a schedule differ
+
 
 def config_times(
     noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, inclusive: bool, final: str | None, mu: float | None
@@ -42,8 +44,9 @@ def config_times(
         points = noise.t_of_timestep(training_steps(noise, config, n, inclusive=inclusive))
     points[0] = points[0].clamp(max=noise.t_max)
     end = 0.0 if (final or _config_final(config, inclusive)) == "zero" else noise.t_min
-    if points[-1] <= end:  # the grid already ends at sigma_min: a further step there would not move
-        end = 0.0
+    last = float(points[-1])
+    if last <= end * (1 + STILL):  # the class evaluates at sigma_min and stays there
+        end = last * (1 - STILL)
     return (*points.tolist(), end)
 
 
@@ -68,7 +71,8 @@ def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, i
         lam = noise.lam(noise.t_of_timestep(torch.arange(total, dtype=torch.float64)))
         total -= int((lam < floor).sum())
     if spacing == "linspace":
-        steps = torch.linspace(0, total - 1, n if inclusive else n + 1, dtype=torch.float64).round().flip(0)
+        steps = torch.linspace(0, total - 1, n if inclusive else n + 1, dtype=torch.float64).flip(0)
+        steps = steps.round() if len(steps) <= total else steps  # between the training steps where there are too few
         steps = steps if inclusive else steps[:-1]
         return steps if n > 1 or not inclusive else torch.full((1,), float(total - 1), dtype=torch.float64)
     if spacing == "leading":

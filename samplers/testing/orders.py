@@ -1,7 +1,8 @@
 r"""Measured orders: how fast one step's error falls with its width, with an exact history, against an exact solution.
 
-A slope fitted to whole runs lies: the error of a correct second-order multistep run changes sign with the number of steps, and
-first-order starting steps cap what follows. The local error of one step has no such excuse: order p means slope p + 1.
+A slope fitted to whole runs lies: the error of a correct second-order multistep run changes sign with the number of
+steps, and first-order starting steps cap what follows. The local error of one step has no such excuse: order p means
+slope p + 1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class ExactFlow(Protocol):
 
 
 class GaussianFlow:
-    r"""Samples of different Gaussians $N(m, s^2)$: $x_t - \alpha m \propto \sqrt{\alpha^2 s^2 + \sigma^2}$ along the solution.
+    r"""Samples of different Gaussians $N(m, s^2)$, for which $x_t - \alpha m \propto \sqrt{\alpha^2 s^2 + \sigma^2}$.
 
     Several means and stds at once, because for a single one the leading error term may vanish at some time.
     """
@@ -121,15 +122,16 @@ def local_errors(
 ) -> list[float]:
     """Error (Euclidean, over all samples) of the last of ``steps`` for every width, all that came before being exact.
 
-    Exact states are handed to the engine up to the node that the last step starts from. If the last step has a corrector, the
-    corrected state is measured; correctors of earlier steps are left out.
+    Exact states are handed to the engine up to the node that the last step starts from. If the last step has a
+    corrector, the corrected state is measured; correctors of earlier steps are left out.
     """
     exact_flow = GaussianFlow(noise_schedule) if flow is None else flow
     last, n = steps[-1], len(steps)
     plan = [msgspec.structs.replace(step, corr=None) for step in steps[:-1]]
     if last.corr is None:
         plan.append(last)
-    else:  # one more step, whose evaluation the corrector needs; re-evaluating makes the corrected state the one handed out
+    else:
+        # One more step, whose evaluation the corrector needs; re-evaluating hands the corrected state out.
         plan += [msgspec.structs.replace(last, corr=msgspec.structs.replace(last.corr, reeval=True)), StepStrategy()]
     errors = []
     for width in widths:

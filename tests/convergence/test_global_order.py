@@ -1,7 +1,7 @@
-"""Error of whole runs on the linear ODE of Gaussian data: it falls by 2^order from one number of steps to twice as many.
+"""Error of whole runs on the linear ODE of Gaussian data: twice the steps divide it by 2^order.
 
-Multistep runs start from exact states: a first-order start would cap them at second order. Errors are taken together over
-several Gaussians, since for a single one the error changes sign with the number of steps.
+Multistep runs start from exact states: a first-order start would cap them at second order. Errors are taken together
+over several Gaussians, since for a single one the error changes sign with the number of steps.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Published-format schedules against the trajectories of an independent implementation (float32, exact mixture model).
 
-Files `usf/NOISE-STEPS-basic.json` are random schedules in the published dict format, `usf/trajectories.safetensors` what they
-produced. A correct float64 implementation agrees to 8e-5; the limit below is their float32 rounding with some room.
+Files `usf/NOISE-STEPS-basic.json` are random schedules in the published dict format, `usf/trajectories.safetensors`
+what they produced. A correct float64 implementation agrees to 8e-5; the limit is their float32 rounding with some room.
 """
 
 import json
@@ -29,9 +29,7 @@ def _alphas_cumprod(betas: Tensor) -> Tensor:
 NOISE = {
     "edm": NoiseSchedule.edm(),
     "linear": NoiseSchedule.vp_linear(),
-    "sd": NoiseSchedule.vp_discrete(
-        _alphas_cumprod(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
-    ),
+    "sd": NoiseSchedule.vp_discrete(_alphas_cumprod(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)),
     "img": NoiseSchedule.vp_discrete(_alphas_cumprod(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))),
 }
 MODEL = GaussianMixture(TENSORS["model.means"], TENSORS["model.stds"], TENSORS["model.weights"])
@@ -47,9 +45,7 @@ def _read(name: str) -> tuple[dict, SolverSchedule]:
 def _run(name: str, schedule: SolverSchedule) -> tuple[Tensor, list[Tensor]]:
     noise = NOISE[name.partition("-")[0]]
     denoiser = MODEL.denoiser(noise)
-    return sample(
-        denoiser, TENSORS[f"{name}.x_T"], schedule, noise, trajectory=True, first_x0=TENSORS["average_x0"]
-    )
+    return sample(denoiser, TENSORS[f"{name}.x_T"], schedule, noise, trajectory=True, first_x0=TENSORS["average_x0"])
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
