@@ -179,10 +179,10 @@ def _noise_named(name: str) -> Any:
 
 def _schedule_of(sampler: str, noise: Any, nfe: int | None) -> Any:
     """Recipe text with --nfe, or a fixed schedule that agrees with it."""
-    from samplers import RECIPES, SolverSchedule, recipe
-    from samplers.recipes import ALIASES
+    from samplers import SolverSchedule, recipe
+    from samplers.recipes import canonical
 
-    if sampler.partition(":")[0].strip() in {*RECIPES, *ALIASES}:
+    if canonical(sampler) is not None:
         if nfe is None:
             raise ValueError(f"recipe {sampler!r} needs --nfe")
         return recipe(sampler, noise, nfe)

@@ -7,7 +7,7 @@ A `SolverSchedule` (plain data) is compiled to a `Tableau` (numbers) for a `Nois
 from .engine import Engine, iterate, sample
 from .noise import NoiseSchedule
 from .recipes import RECIPES, parse_recipe, recipe
-from .strategy import Corrector, Evaluation, Residual, SolverSchedule, StepStrategy, shipped_schedules
+from .strategy import Corrector, Evaluation, Noise, Residual, SolverSchedule, StepStrategy, shipped_schedules
 from .tableau import Tableau
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Corrector",
     "Engine",
     "Evaluation",
+    "Noise",
     "NoiseSchedule",
     "Residual",
     "SolverSchedule",

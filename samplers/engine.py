@@ -17,6 +17,7 @@ from .strategy import SolverSchedule
 from .tableau import Query, Row, Tableau
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+NoiseSource = Callable[[Tensor], Tensor]  # standard normal draws in the shape, dtype and place of its argument
 
 
 class Engine:
@@ -52,12 +53,13 @@ class Engine:
         query = self.query
         return self.memory[self.tableau.result if query is None else query.state]
 
-    def tell(self, x0: Tensor, x: Tensor | None = None) -> None:
+    def tell(self, x0: Tensor, x: Tensor | None = None, noise: NoiseSource = torch.randn_like) -> None:
         """Take the network's x0-prediction (B, *E) for the due query and move on to the next.
 
         Args:
             x0: the prediction, before clipping.
             x: the state it was made at, where the caller may have changed it since it was handed out.
+            noise: where stochastic steps draw from.
 
         Raises:
             RuntimeError: no query is due.
@@ -74,7 +76,7 @@ class Engine:
         if stage.raw is not None:
             memory[stage.raw] = x0
         memory[stage.query.output] = x0 if self.clip is None else self.clip(x0)
-        self._apply(stage.rows)
+        self._apply(stage.rows, noise)
         for name in [name for name in memory if name not in stage.keep]:
             del memory[name]
         self.position += 1
@@ -83,10 +85,13 @@ class Engine:
         """Permute or duplicate samples: everything remembered follows ``index`` (B',) along the batch."""
         self.memory = {name: value[index] for name, value in self.memory.items()}
 
-    def _apply(self, rows: tuple[Row, ...]) -> None:
+    def _apply(self, rows: tuple[Row, ...], noise: NoiseSource = torch.randn_like) -> None:
         memory = self.memory
         for row in rows:
-            memory[row.target] = weighted_sum([(c, memory[name]) for name, c in row.terms])
+            terms = [(c, memory[name]) for name, c in row.terms]
+            if torch.is_tensor(row.noise) or row.noise != 0.0:
+                terms.append((row.noise, noise(terms[0][1])))
+            memory[row.target] = weighted_sum(terms)
 
 
 def _clamp(x0: Tensor, bound: float) -> Tensor:
@@ -99,6 +104,7 @@ def iterate(
     schedule: SolverSchedule | Tableau,
     noise_schedule: NoiseSchedule,
     *,
+    generator: torch.Generator | None = None,
     first_x0: Tensor | None = None,
     statistics: None = None,
 ) -> Iterator[Engine]:
@@ -116,9 +122,13 @@ def iterate(
     else:
         tableau = Tableau.build(schedule, noise_schedule, first_x0=first_x0, statistics=statistics)
     engine = Engine(tableau, x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
     yield engine
     while (query := engine.query) is not None:
-        engine.tell(denoiser(engine.x, query.t))
+        engine.tell(denoiser(engine.x, query.t), noise=noise)
         yield engine
 
 
@@ -152,7 +162,9 @@ def sample(
         ValueError: see `Tableau.build`; also an ``x`` that is no floating-point batch, before any network call.
     """
     states: dict[str, Tensor] = {}
-    for engine in iterate(denoiser, x, schedule, noise_schedule, first_x0=first_x0, statistics=statistics):
+    for engine in iterate(
+        denoiser, x, schedule, noise_schedule, generator=generator, first_x0=first_x0, statistics=statistics
+    ):
         if trajectory:
             states |= {name: value for name, value in engine.memory.items() if name.startswith("x")}
     result = engine.x.to(x.dtype)

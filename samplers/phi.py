@@ -27,6 +27,11 @@ def exp(z: Scalar) -> Scalar:
     return math.exp(z) if z < 700 else math.inf
 
 
+def log(z: Scalar) -> Scalar:
+    """Natural logarithm."""
+    return torch.log(z) if torch.is_tensor(z) else math.log(z)
+
+
 def is_zero(value: Scalar) -> bool:
     """Whether a level is exactly zero."""
     return bool(value == 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .noise import NoiseSchedule, as_float64
 from .parametrization import Scalar
-from .phi import GAUSS_LEGENDRE, derivative_weights, exp, is_zero, phi, psi
+from .phi import GAUSS_LEGENDRE, derivative_weights, exp, is_zero, log, phi, psi
 from .strategy import Relax, SolverSchedule, Stencil, StepStrategy
 
 Terms = dict[str, Scalar]  # name in memory -> coefficient; names: x3 state, c3 corrected, d3 x0, r3 raw x0, e3 re-evaluated
@@ -32,10 +32,11 @@ CACHE_SIZE = 64
 
 @dataclass(frozen=True)
 class Row:
-    """``memory[target] = sum of coefficient * memory[name]``."""
+    """``memory[target] = sum of coefficient * memory[name]``, plus ``noise`` times a standard normal draw."""
 
     target: str
     terms: tuple[tuple[str, Scalar], ...]
+    noise: Scalar = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Tableau:
         kind = str((schedule.path or {}).get("type", noise_schedule.kind))
         if kind.split("_")[0] != noise_schedule.family:
             raise ValueError(f"the schedule's times belong to {kind!r}, not to the {noise_schedule.kind!r} noise schedule")
+        if noise_schedule.family != "flow" and any(step.pred == "flow" for step in schedule.steps):
+            raise ValueError(f"pred 'flow' needs a flow model; this noise schedule is {noise_schedule.kind}")
         symbolic = any(torch.is_tensor(t) for t in schedule.times)
         try:
             key = None if symbolic else (schedule.digest, id(noise_schedule))
@@ -169,6 +172,9 @@ class _Compiler:
         for i, step in enumerate(self.schedule.steps):
             node = self.nodes[i]
             node.state = corrected[i] = f"x{i}"
+            if step.eval.source == "none":
+                rows.append(self._renoise(i, step))
+                continue
             if step.eval.source == "model":
                 node.x0, node.raw = {f"d{i}": 1.0}, {f"r{i}": 1.0} if i in self.raw_needed else None
                 rows = []
@@ -194,19 +200,28 @@ class _Compiler:
                     _add(terms, value, {self.nodes[j].state: 1.0})
                 for j, value in enumerate(step.delta.x0):
                     _add(terms, value, self.nodes[j].x0 or {})
-            rows.append(_row(f"x{i + 1}", terms))
-        return _inline(opening), self._stages(staged)
+            rows.append(_row(f"x{i + 1}", terms, noise=self._noise_scale(i, step, stencil.start)))
+        return tuple(opening), self._stages(staged)
 
     def _query(self, i: int, state: str, output: str) -> Query:
-        node = self.nodes[i]
-        return Query(state, output, as_float64(node.t), node.alpha, node.sigma, i)
+        node, told = self.nodes[i], self.schedule.steps[i].eval
+        if told.t_scale == 1.0 and told.t_shift == 0.0:
+            return Query(state, output, as_float64(node.t), node.alpha, node.sigma, i)
+        t = as_float64(node.t) * told.t_scale + told.t_shift
+        try:
+            alpha, sigma = self.noise.alpha_sigma(t)
+        except ValueError as error:
+            raise ValueError(f"steps[{i}]: evaluation {error}") from None
+        if t.requires_grad:
+            return Query(state, output, t, alpha, sigma, i)
+        return Query(state, output, t, alpha.item(), sigma.item(), i)
 
     def _stages(self, staged: list[tuple[Query, list[Row]]]) -> tuple[Stage, ...]:
         """Fuse corrected states that nothing later reads, and work out what each stage may forget."""
         later = {f"x{len(self.schedule.steps)}"}
         stages = []
         for query, rows in reversed(staged):
-            fused = _inline(rows, later)
+            fused = _fuse(rows, later)
             keep = frozenset(later)
             for row in fused:
                 later |= {name for name, _ in row.terms}
@@ -237,18 +252,61 @@ class _Compiler:
             return terms
         if is_zero(s.sigma):
             raise ValueError(f"steps[{i}] starts at sigma = 0, where x0 is already known")
-        carry = t.sigma / s.sigma
+        if step.pred == "eps" and step.noise is not None:
+            if is_zero(s.alpha):
+                raise ValueError(f"steps[{i}]: noise with pred 'eps' cannot start at alpha = 0; use pred 'x0'")
+            terms = {state: t.alpha / s.alpha}
+            drift = (1 + step.noise.amount**2) * (t.sigma - t.alpha * s.sigma / s.alpha)
+            _add(terms, drift, self._prediction(start, start, step))
+            return terms
+        carry = t.sigma / s.sigma * self._decay(step, s, t)
         if step.pred == "x0" or state == s.state:
             terms = {state: carry}
-        else:  # noise form from a corrected state: the noise is that of the state the network saw
-            terms = {state: t.alpha / s.alpha}
-            _add(terms, carry - t.alpha / s.alpha, {s.state: 1.0})
+        else:  # noise or flow form from a corrected state: the prediction is that of the state the network saw
+            own = 1.0 if step.pred == "flow" else t.alpha / s.alpha
+            terms = {state: own}
+            _add(terms, carry - own, {s.state: 1.0})
         if step.keep_eps and s.raw is not None:
             _add(terms, t.alpha, s.x0 or {})
             _add(terms, -s.alpha * carry, s.raw)
         else:
             _add(terms, t.alpha - s.alpha * carry, s.x0 or {})
         return terms
+
+    def _decay(self, step: StepStrategy, s: _Node, t: _Node) -> Scalar:
+        r"""The factor that noise takes off the state's own part: $e^{-\tau^2 h}$ for the x0 form; 1 for the ODE."""
+        noise = step.noise
+        if noise is None or is_zero(t.sigma):
+            return 1.0
+        if noise.kind == "fresh":
+            return 0.0
+        h = t.lam - s.lam
+        if noise.kind == "tau":
+            return exp(-(noise.amount**2) * h)
+        return (1 - noise.amount**2 * (1 - exp(-2 * h))) ** 0.5
+
+    def _rate(self, step: StepStrategy, s: _Node, t: _Node) -> Scalar:
+        r"""$1 + \tau^2$: how much faster than the ODE's the kernel of the x0 form decays."""
+        if step.noise is None:
+            return 1.0
+        if step.noise.kind == "tau":
+            return 1.0 + step.noise.amount**2
+        return 1.0 - log(self._decay(step, s, t)) / (t.lam - s.lam)
+
+    def _noise_scale(self, i: int, step: StepStrategy, start: int) -> Scalar:
+        noise, s, t = step.noise, self.nodes[start], self.nodes[i + 1]
+        if noise is None or is_zero(t.sigma):
+            return 0.0
+        if step.pred == "eps":
+            return noise.amount * noise.scale * ((t.alpha * s.sigma / s.alpha) ** 2 - t.sigma**2) ** 0.5
+        return noise.scale * t.sigma * (1 - self._decay(step, s, t) ** 2) ** 0.5
+
+    def _renoise(self, i: int, step: StepStrategy) -> Row:
+        """Back to a noisier time: the forward process from node i to node i + 1."""
+        s, t = self.nodes[i], self.nodes[i + 1]
+        scale = 1.0 if step.noise is None else step.noise.scale
+        ratio = t.alpha / s.alpha
+        return Row(f"x{i + 1}", ((f"x{i}", ratio),), scale * (t.sigma**2 - (ratio * s.sigma) ** 2) ** 0.5)
 
     def _increment(self, i: int, step: StepStrategy, stencil: Stencil) -> Terms:
         """The higher-order terms: sum over k of m_k relax_k D^(k)."""
@@ -275,6 +333,10 @@ class _Compiler:
         terms: Terms = {}
         if step.pred == "x0":
             return node.x0 or {}
+        if step.pred == "flow":
+            _add(terms, 1.0 / node.sigma, {node.state: 1.0})
+            _add(terms, -1.0 / node.sigma, node.x0 or {})
+            return terms
         if step.pred == "eps":
             _add(terms, 1.0 / node.sigma, {node.state: 1.0})
             _add(terms, -node.alpha / node.sigma, node.x0 or {})
@@ -288,6 +350,9 @@ class _Compiler:
     def _moment(self, k: int, i: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
         r"""$m_k$, the exact integral of kernel times $(g - g_s)^k / k!$ over the step; k >= 1."""
         data = step.pred == "x0"
+        if step.pred == "flow":
+            width = t.t - s.t
+            return width / math.factorial(k + 1) if step.axis == "index" else width ** (k + 1) / math.factorial(k + 1)
         if is_zero(t.sigma) and step.pred != "eps":
             raise ValueError(
                 f"steps[{i}]: order {step.order} with pred {step.pred!r} cannot end at sigma = 0 (its weights diverge); "
@@ -304,11 +369,12 @@ class _Compiler:
                 h = self._finite_step(i, s, t)
                 return t.alpha * exp(-l * h) * h ** (k + 1) * psi(k + 1, (l + r) * h)
             h = t.lam - s.lam
+            rate = self._rate(step, s, t)
             if data:
-                return t.alpha * h ** (k + 1) * phi(k + 1, -h)
+                return rate * t.alpha * h ** (k + 1) * phi(k + 1, -rate * h)
             if is_zero(t.sigma):
-                return -t.alpha * exp(-s.lam)
-            return -t.sigma * h ** (k + 1) * phi(k + 1, h)
+                return -rate * t.alpha * exp(-s.lam)
+            return -rate * t.sigma * h ** (k + 1) * phi(k + 1, h)
         return self._moment_by_parts(k, s, t, step)
 
     def _moment_by_parts(self, k: int, s: _Node, t: _Node, step: StepStrategy) -> Scalar:
@@ -347,7 +413,9 @@ class _Compiler:
         h = t.lam - s.lam
         if not isinstance(relax, str):
             return 1.0 + relax * h
-        z = -h if step.pred == "x0" else h
+        z = -h * self._rate(step, s, t) if step.pred == "x0" else h
+        if relax == "diffusers-3m-sde":
+            return 0.5 * (1.0 + 1.0 / (z * phi(3, z)))
         if relax in ("exp+", "exp-"):
             return 1.0 + (0.5 if relax == "exp+" else -0.5) * (exp(h) - 1.0)
         return 0.5 * (phi(1, z) if relax == "bh2" else 1.0) / phi(2, z)
@@ -368,19 +436,24 @@ def _add(terms: Terms, scale: Scalar, other: Terms) -> None:
         terms[name] = terms[name] + scale * value if name in terms else scale * value
 
 
-def _row(target: str, terms: Terms, more: Terms | None = None) -> Row:
+def _row(target: str, terms: Terms, more: Terms | None = None, noise: Scalar = 0.0) -> Row:
     if more:
         _add(terms, 1.0, more)
     kept = tuple((name, c) for name, c in terms.items() if torch.is_tensor(c) or c != 0.0)
-    return Row(target, kept or tuple(terms.items())[:1])  # a row that is zero still has the state's shape
+    return Row(target, kept or tuple(terms.items())[:1], noise)  # a row that is zero still has the state's shape
 
 
-def _inline(rows: list[Row], later: set[str] | None = None) -> tuple[Row, ...]:
-    """Substitute a corrected state into the row after it when nothing else reads it: one weighted sum less."""
-    if later is None or len(rows) < 2 or rows[0].target in later:
-        return tuple(rows)
-    first, second = rows
-    terms = dict(second.terms)
-    scale = terms.pop(first.target, 0.0)
-    _add(terms, scale, dict(first.terms))
-    return (_row(second.target, terms),)
+def _fuse(rows: list[Row], later: set[str]) -> tuple[Row, ...]:
+    """Substitute corrected states into the rows after them when nothing else reads them: one weighted sum less."""
+    fused: dict[str, Row] = {}
+    out = []
+    for row in rows:
+        terms: Terms = {}
+        for name, c in row.terms:
+            _add(terms, c, dict(fused[name].terms) if name in fused else {name: 1.0})
+        new = _row(row.target, terms, noise=row.noise)
+        if row.target.startswith("c") and row.target not in later:
+            fused[row.target] = new
+        else:
+            out.append(new)
+    return tuple(out)

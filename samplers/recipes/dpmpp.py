@@ -2,64 +2,113 @@
 
 from __future__ import annotations
 
-from ..strategy import Relax, StepStrategy
+from typing import Literal
+
+from ..strategy import Noise, Relax, StepStrategy
+from .grids import TimeGrid
 
 SHORT = 15  # in-tree schedulers lower the last orders of runs shorter than this
 
 
 def dpmpp(
-    n: int,
-    to_zero: bool,
+    grid: TimeGrid,
     *,
     order: int = 2,
     method: str = "multistep",
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
     taylor: bool = False,
+    tau: float = 0.0,
+    as_in_diffusers: bool = False,
 ) -> tuple[StepStrategy, ...]:
-    """DPM-Solver++ 2M, 3M (multistep) and 2S (singlestep), as every common implementation has them.
+    """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): 2M, 3M, 2S, 3S, and the SDE variants of 2M and 3M.
 
-    One NFE a step; singlestep 2 makes two steps of which the second restarts from the first one's beginning. Order 2
-    is second order. Order 3 as published in code halves its second derivative, which leaves it second order; ``taylor=true``
-    does not halve and is third order.
+    One NFE a step; singlestep order p makes blocks of p steps, each restarting from its block's beginning. Multistep order 3
+    as published in code halves its second derivative, which leaves it second order; ``taylor=true`` does not halve and is
+    third order.
 
     Args:
-        n: steps.
-        to_zero: the last step ends at sigma = 0 and must be first order.
+        grid: the times.
         order: 1..3.
-        method: "multistep" (orders 1-3) or "singlestep" (orders 1-2).
-        solver_type: "midpoint" (the paper's) or "heun" (the exact Taylor coefficient) for second-order steps.
+        method: "multistep" or "singlestep".
+        solver_type: "midpoint" (the paper's) or "heun" (the exact Taylor coefficient).
         lower_order_final: lower the last steps' orders when n < 15.
-        taylor: exact Taylor coefficients at order 3.
+        taylor: exact Taylor coefficients at multistep order 3.
+        tau: noise of the SDE variant (1 is SDE-DPM-Solver++), multistep only.
+        as_in_diffusers: SDE order 3 with the sign that diffusers gives one term of the second derivative; k-diffusion's
+            dpmpp_3m_sde has the one that follows from the derivation.
 
     Raises:
         ValueError: an argument outside the above.
     """
-    highest = {"multistep": 3, "singlestep": 2}
-    if method not in highest:
-        raise ValueError(f"dpmpp: unknown method {method!r}; known: multistep, singlestep")
-    if not 1 <= order <= highest[method]:
-        raise ValueError(f"dpmpp: order {order} is not available for method {method}; known: 1..{highest[method]}")
+    return taylor_steps(
+        grid,
+        "dpmpp",
+        "x0",
+        order=order,
+        method=method,
+        solver_type=solver_type,
+        lower_order_final=lower_order_final,
+        taylor=taylor,
+        tau=tau,
+        second="diffusers-3m-sde" if as_in_diffusers and tau else "half",
+    )
+
+
+def taylor_steps(
+    grid: TimeGrid,
+    name: str,
+    pred: Literal["x0", "eps"],
+    *,
+    order: int,
+    method: str,
+    solver_type: str,
+    lower_order_final: bool,
+    taylor: bool = False,
+    tau: float = 0.0,
+    second: Literal["half", "diffusers-3m-sde"] = "half",
+) -> tuple[StepStrategy, ...]:
+    """The steps of DPM-Solver and DPM-Solver++, which differ in ``pred`` alone."""
+    if method not in ("multistep", "singlestep"):
+        raise ValueError(f"{name}: unknown method {method!r}; known: multistep, singlestep")
+    if not 1 <= order <= 3:
+        raise ValueError(f"{name}: order must be 1..3, got {order}")
     if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f"dpmpp: unknown solver_type {solver_type!r}; known: midpoint, heun")
+        raise ValueError(f"{name}: unknown solver_type {solver_type!r}; known: midpoint, heun")
+    if tau and method == "singlestep":
+        raise ValueError(f"{name}: tau = {tau} needs method multistep")
     relax: Relax = "bh2" if solver_type == "midpoint" else None
-    first, second = StepStrategy(order=1), StepStrategy(order=2, relax=(relax,))
+    noise = Noise(kind="tau", amount=tau) if tau else None
+    first = StepStrategy(order=1, pred=pred, noise=noise)
+    middle = StepStrategy(order=2, pred=pred, relax=(relax,), noise=noise)
     if method == "singlestep":
-        if order == 1:
-            return (first,) * n
-        restart = StepStrategy(order=2, start=-2, relax=(relax,))
-        steps = [first, restart] * (n // 2) + [first] * (n % 2)
-        if to_zero or (lower_order_final and n % 2 == 0 and n > 0):
-            steps[-1] = first
-        return tuple(steps)
-    third = StepStrategy(order=3, relax=() if taylor else (None, "half"))
-    lowered = lower_order_final and n < SHORT
+        block = [first, StepStrategy(order=2, pred=pred, start=-2, relax=(relax,)), _third(pred, solver_type)]
+        return tuple(block[p - 1] for p in _blocks(grid, order, lower_order_final, pred == "eps"))
+    third = StepStrategy(order=3, pred=pred, relax=() if taylor else (None, second), noise=noise)
+    lowered = lower_order_final and grid.n < SHORT
     out = []
-    for i in range(n):
+    for i in range(grid.n):
         here = min(order, i + 1)
-        if i == n - 1 and (to_zero or lowered):
+        if i == grid.n - 1 and (grid.to_zero or lowered):
             here = 1
-        elif i == n - 2 and lowered:
+        elif i == grid.n - 2 and lowered:
             here = min(here, 2)
-        out.append((first, second, third)[here - 1])
+        out.append((first, middle, third)[here - 1])
     return tuple(out)
+
+
+def _third(pred: Literal["x0", "eps"], solver_type: str) -> StepStrategy:
+    """The block's last step: "midpoint" uses its newest node alone, "heun" both."""
+    if solver_type == "midpoint":
+        return StepStrategy(order=2, pred=pred, start=-3, nodes=(-1,))
+    return StepStrategy(order=3, pred=pred, start=-3)
+
+
+def _blocks(grid: TimeGrid, order: int, lowered: bool, noise_form: bool) -> list[int]:
+    """Orders within single-step blocks; where n is a multiple of the order, a lowered end starts a block of its own."""
+    alone = int(noise_form and grid.from_pure_noise)
+    whole, rest = divmod(grid.n - alone, order)
+    orders = [1] * alone + list(range(1, order + 1)) * whole + list(range(1, rest + 1))
+    if grid.to_zero or (lowered and rest == 0):
+        orders[-1] = 1
+    return orders

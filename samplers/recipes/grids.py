@@ -5,9 +5,13 @@ The end of the last step is not part of a grid: `times` appends it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from scipy.stats import beta as beta_distribution
 from torch import Tensor
 
 from ..noise import NoiseSchedule
@@ -16,6 +20,48 @@ LAMBDA_START = -5.1  # where grids in lambda begin when alpha(t_max) = 0; arXiv:
 RHO = 7.0  # arXiv:2206.00364, appendix D.1
 
 Grid = Callable[[NoiseSchedule, int], Tensor]
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The times that a recipe is asked to step through.
+
+    Attributes:
+        noise: the noise schedule.
+        times: n + 1 of them.
+        nfe: evaluations to spend; more than n for rules that evaluate twice a step.
+    """
+
+    noise: NoiseSchedule
+    times: tuple[float, ...]
+    nfe: int
+
+    @property
+    def n(self) -> int:
+        """Number of steps."""
+        return len(self.times) - 1
+
+    @property
+    def from_pure_noise(self) -> bool:
+        """Whether the start has alpha = 0, from where the noise form can only take a first-order step."""
+        return bool(self.noise.alpha(self.times[0]) == 0)
+
+    @property
+    def to_zero(self) -> bool:
+        """Whether the last step ends at sigma = 0, where most rules must be first order."""
+        return self.times[-1] == 0.0
+
+    def falls(self, i: int) -> bool:
+        """Whether step i goes to a cleaner time."""
+        return self.times[i + 1] < self.times[i]
+
+
+def lambda_between(noise: NoiseSchedule, t: float, s: float, fraction: float) -> float:
+    r"""The time at ``fraction`` of the way from t to s in $\lambda$; in t itself where a $\lambda$ is infinite."""
+    start, end = noise.lam(t).item(), noise.lam(s).item()
+    if not (math.isfinite(start) and math.isfinite(end)):
+        return t + fraction * (s - t)
+    return noise.t_of_lam(start + fraction * (end - start)).item()
 
 
 def flow_shift(t: Tensor, shift: float) -> Tensor:
@@ -96,6 +142,48 @@ def uniform_lambda(noise: NoiseSchedule, n: int) -> Tensor:
     return t
 
 
+def quadratic(noise: NoiseSchedule, n: int) -> Tensor:
+    r"""Uniform in $\sqrt t$: n + 1 points, the last left out (DDIM's quadratic steps, arXiv:2010.02502, appendix D.2)."""
+    start, end = _ends(noise)
+    return _shifted(noise, torch.linspace(start**0.5, end**0.5, n + 1, dtype=torch.float64).square()[:-1])
+
+
+def beta(noise: NoiseSchedule, n: int) -> Tensor:
+    r"""Quantiles of Beta(0.6, 0.6) in $\sigma/\alpha$ (flow: sigma), both ends included (Lee et al. 2024, arXiv:2407.12173)."""
+    high, low = _level(noise)
+    return _t_of_level(noise, low + (high - low) * beta_quantiles(n))
+
+
+def beta_quantiles(n: int) -> Tensor:
+    """n quantiles of Beta(0.6, 0.6) from 1 to 0, both included."""
+    return torch.from_numpy(beta_distribution.ppf(1 - torch.linspace(0, 1, n, dtype=torch.float64).numpy(), 0.6, 0.6))
+
+
+# Ten-step grids as sigma / alpha, published with Align Your Steps (Sabour et al. 2024, arXiv:2404.14507); diffusers ships the
+# same numbers. Other step counts interpolate log sigma linearly, as the authors advise.
+AYS_LEVELS = {
+    "ays_sd": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "ays_svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+def ays(noise: NoiseSchedule, n: int, *, table: str) -> Tensor:
+    """An Align Your Steps table, from t_max on.
+
+    Raises:
+        ValueError: a flow model; the tables belong to variance-preserving and EDM models.
+    """
+    if noise.family == "flow":
+        raise ValueError(f"grid {table} belongs to variance preserving and EDM models; this one is a flow model")
+    logs = torch.tensor(AYS_LEVELS[table], dtype=torch.float64).log()
+    place = torch.linspace(0, len(logs) - 1, n + 1, dtype=torch.float64)[:-1]
+    left = place.floor().long().clamp(max=len(logs) - 2)
+    t = noise.t_of_lam(-(logs[left] + (place - left) * (logs[left + 1] - logs[left])))
+    t[0] = noise.t_max
+    return t
+
+
 GRIDS: dict[str, Grid] = {
     "linspace": linspace,
     "inclusive": inclusive,
@@ -104,8 +192,21 @@ GRIDS: dict[str, Grid] = {
     "lambda": uniform_lambda,
     "karras": karras,
     "exponential": exponential,
+    "quadratic": quadratic,
+    "beta": beta,
+    **{name: partial(ays, table=name) for name in AYS_LEVELS},
 }
-GRID_ALIASES = {"logsnr": "lambda", "uniform": "linspace", "sgm_uniform": "trailing", "simple": "trailing"}
+GRID_ALIASES = {
+    "logsnr": "lambda",
+    "lu": "exponential",  # DPM-Solver's lambda grid with both ends
+    "polynomial": "karras",
+    "uniform": "linspace",
+    "normal": "inclusive",
+    "ddim_uniform": "leading",
+    "sgm_uniform": "trailing",
+    "simple": "trailing",
+    "ays": "ays_sd",
+}
 DEFAULT_GRIDS = {"vp": "linspace", "edm": "karras", "flow": "trailing"}
 
 
@@ -121,14 +222,7 @@ def grid_named(name: str) -> Grid:
     return GRIDS[name]
 
 
-def round_to_training_steps(noise: NoiseSchedule, t: Tensor) -> Tensor:
-    """Times moved to the nearest training step of a discrete noise schedule, as in-tree schedulers do."""
-    if noise.kind != "vp_discrete":
-        return t
-    return noise.t_of_timestep(noise.timestep(t).round().clamp(min=0))
-
-
-def times(noise: NoiseSchedule, grid: Grid, n: int, final: str) -> tuple[float, ...]:
+def times(noise: NoiseSchedule, grid: Grid, n: int, final: str, rho: float = RHO) -> tuple[float, ...]:
     """n evaluation times and the final one.
 
     Args:
@@ -136,13 +230,17 @@ def times(noise: NoiseSchedule, grid: Grid, n: int, final: str) -> tuple[float, 
         grid: see `GRIDS`.
         n: number of steps.
         final: "zero" ends at sigma = 0, "sigma_min" at t_min.
+        rho: exponent of the Karras grid.
 
     Raises:
         ValueError: ``final`` is neither, or the grid does not fit n points above the end.
     """
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"unknown final {final!r}; known: zero, sigma_min")
-    if final == "sigma_min" and grid in (karras, exponential, inclusive):
+    both_ends = grid in (karras, exponential, inclusive, beta)
+    if grid is karras:
+        grid = partial(karras, rho=rho)
+    if final == "sigma_min" and both_ends:
         points = grid(noise, n + 1)  # these include t_min, which is then the end itself
         return (*points[:-1].tolist(), noise.t_min)
     return (*grid(noise, n).tolist(), 0.0 if final == "zero" else noise.t_min)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..strategy import Corrector, StepStrategy
+from .grids import TimeGrid
 
 
 def unipc(
-    n: int,
-    to_zero: bool,
+    grid: TimeGrid,
     *,
     order: int = 2,
     variant: str = "bh2",
@@ -22,8 +22,7 @@ def unipc(
     on, so ``variant`` only changes the low orders.
 
     Args:
-        n: steps.
-        to_zero: the last step ends at sigma = 0 and must be first order.
+        grid: the times.
         order: 1..4.
         variant: "bh1" (B(h) = h) or "bh2" (B(h) = e^h - 1).
         pred: "x0" (data prediction, UniPC's default) or "eps".
@@ -40,13 +39,13 @@ def unipc(
     if pred not in ("x0", "eps"):
         raise ValueError(f"unipc: unknown pred {pred!r}; known: x0, eps")
     steps = []
-    for i in range(n):
+    for i in range(grid.n):
         p = min(order, i + 1)
         if lower_order_final:
-            p = min(p, n - i)
-        if to_zero and i == n - 1:
+            p = min(p, grid.n - i)
+        if grid.to_zero and i == grid.n - 1:
             p = 1
-        correct = corrector and i < n - 1
+        correct = corrector and i < grid.n - 1
         steps.append(
             StepStrategy(
                 order=p,

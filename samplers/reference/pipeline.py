@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -68,6 +70,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             classes = torch.cat([torch.full_like(classes, null), classes])
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        noise = {"generator": generator} if takes_generator else {}  # of stochastic schedulers
         for t in self.progress_bar(self.scheduler.timesteps):
             batch = torch.cat([latents, latents]) if guided else latents
             batch = self.scheduler.scale_model_input(batch, t)
@@ -75,7 +79,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if guided:
                 uncond, cond = output.chunk(2)
                 output = uncond + guidance_scale * (cond - uncond)
-            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(output, t, latents, **noise, return_dict=False)[0]
         image = (latents.float() / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             image = image.cpu().permute(0, 2, 3, 1).numpy()

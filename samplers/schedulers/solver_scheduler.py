@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from ..config_reader import ModelConfig, alphas_cumprod_of, betas_of, flow_shift
 from ..engine import Engine
 from ..noise import NoiseSchedule
 from ..parametrization import FLOW_PREDICTION, to_x0
-from ..recipes import ALIASES, RECIPES, RecipeText, parse_recipe
+from ..recipes import ALIASES, RECIPES, RecipeText, canonical, parse_recipe
 from ..strategy import SolverSchedule, shipped_schedules
 from ..tableau import Tableau
 from .clipping import clip_from_config
-from .spacing import config_times, dynamic_shift, flow_times
+from .noising import noise_like
+from .spacing import config_times, dynamic_shift, end_time, flow_times
 
 DEFAULT_SCHEDULE = "dpmpp:order=2"
 
@@ -82,6 +84,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         variance_type: str | None = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        original_inference_steps: int = 50,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         sigma_data: float | None = None,
@@ -97,6 +102,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         shift_terminal: float | None = None,
         statistics: str | None = None,
         first_x0: str | None = None,
+        noise_seed: int | None = None,
     ) -> None:
         """Build from explicit values; `from_config` reads them from another scheduler's config.
 
@@ -124,6 +130,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
             use_karras_sigmas: Karras grid where the recipe names none.
             use_exponential_sigmas: exponential grid where the recipe names none.
+            use_beta_sigmas: beta grid where the recipe names none.
+            use_lu_lambdas: DPM-Solver's lambda grid where the recipe names none.
+            original_inference_steps: steps that the checkpoint was distilled on (lcm, tcd).
             sigma_min: lowest noise level (edm).
             sigma_max: highest noise level (edm).
             sigma_data: data scale of the preconditioning (edm).
@@ -139,6 +148,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             shift_terminal: stretch the shifted times to end here (flow).
             statistics: path of empirical model statistics, for the steps that use them.
             first_x0: path of a safetensors file with the data's mean, for an "average_x0" first step.
+            noise_seed: of stochastic schedules, where the pipeline passes no generator: image b's noise at step i depends on
+                (noise_seed, i, b) alone. None draws from torch's global generator.
 
         Raises:
             ValueError: unknown values, a malformed schedule or recipe.
@@ -235,6 +246,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     @property
+    def opened(self) -> bool:
+        """Whether `scale_model_input` has applied the analytic first step of the run that is about to begin."""
+        return self._opening is not None
+
+    @property
     def begin_index(self) -> int | None:
         """Where `set_begin_index` put the start, or None."""
         return self._begin_index
@@ -317,11 +333,20 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         assert self.recipe is not None
         if self.recipe.names_grid:
             return None
-        n = nfe + self.recipe.analytic_first_step
-        final = self.recipe.common["final"] if "final" in self.recipe.given else None
-        inclusive = self.recipe.recipe.spacing == "inclusive"
+        n = self.recipe.macro_steps(self.noise_schedule, nfe)
         config = self.config if self.recipe.common["shift"] is None else {**self.config, "shift": self.recipe.common["shift"]}
-        return config_times(self.noise_schedule, config, n, inclusive=inclusive, final=final, mu=mu)
+        return config_times(self.noise_schedule, config, n, convention=self._convention, final=self._final, mu=mu)
+
+    @property
+    def _convention(self) -> str:
+        return "exclusive" if self.recipe is None else self.recipe.recipe.spacing
+
+    @property
+    def _final(self) -> str | None:
+        """The end that the recipe or its text asks for, or None."""
+        if self.recipe is None or ("final" not in self.recipe.given and self.recipe.recipe.final is None):
+            return None
+        return str(self.recipe.common["final"])
 
     def _given_times(self, values: list[float], are_timesteps: bool, mu: float | None) -> tuple[float, ...]:
         noise = self.noise_schedule
@@ -330,7 +355,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return (*flow_times(self.config, len(values), mu, unshifted).tolist(), 0.0)
         levels = torch.tensor(values, dtype=torch.float64)
         t = noise.t_of_timestep(levels) if are_timesteps else noise.t_of_lam(-torch.log(levels))
-        return (*t.tolist(), 0.0 if self.config.final_sigmas_type != "sigma_min" else noise.t_min)
+        return (*t.tolist(), end_time(noise, self.config, float(t[-1]), convention=self._convention, final=self._final))
 
     def _level(self, t: Tensor) -> Tensor:
         """Noise levels as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
@@ -355,8 +380,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if self.tableau is None:
             return sample
         if self._step_index is None and self.analytic_first_step and self._first_index(timestep) == 0:
-            self.opened = True
-            sample = self.open(sample)
+            noise, sample = sample, self.open(sample)
+            self._opening = (noise, sample)
         if self.model_config.sigma_data is None:
             return sample
         index = self._first_index(timestep) if self._step_index is None else self._step_index
@@ -395,7 +420,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if self.tableau is None:
             raise RuntimeError("call set_timesteps before step")
         if self._engine is None:
+            if self._opening is not None and sample is self._opening[1]:
+                sample = self._opening[0]  # DiT goes on from the scaled input itself: open it once, not twice
             self._start(timestep, sample)
+            self._opening = None
         engine = self._engine
         assert engine is not None and self._step_index is not None
         query = engine.query
@@ -409,7 +437,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         state = engine.x if first else _wide(sample)
         model = self.model_config
         x0 = to_x0(_wide(model_output), state, query.alpha, query.sigma, model.prediction_type, model.sigma_data)
-        engine.tell(x0, state)
+        draw = partial(noise_like, generator=generator, seed=self.config.noise_seed, step=self._step_index)
+        engine.tell(x0, state, draw)
         self._step_index += 1
         prev_sample = engine.x.to(model_output.dtype)
         if not return_dict:
@@ -446,7 +475,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._engine: Engine | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self.opened = False
+        self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it
 
     # ---- noising -------------------------------------------------------------------------------------------------
 
@@ -480,8 +509,7 @@ def _wide(x: Tensor) -> Tensor:
 def _resolve(source: str | Path) -> str | dict[str, Any]:
     """Recipe text as it is; a file or a shipped name as its content, so that saved pipelines carry the schedule itself."""
     text = str(source)
-    name = text.partition(":")[0].strip()
-    if name in RECIPES or name in ALIASES:
+    if canonical(text) is not None:
         return text
     if Path(source).is_file() or text in shipped_schedules():
         return SolverSchedule.load(source).to_dict()

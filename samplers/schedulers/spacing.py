@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..config_reader import flow_shift_of
 from ..noise import NoiseSchedule
-from ..recipes.grids import flow_shift
+from ..recipes.grids import beta_quantiles, flow_shift
 
 STILL = 1e-9  # relative length of a step that is none, since the times of a schedule differ
 
 
 def config_times(
-    noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, inclusive: bool, final: str | None, mu: float | None
+    noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, convention: str, final: str | None, mu: float | None
 ) -> tuple[float, ...]:
     """n evaluation times and the final one, as the config's class would place them.
 
@@ -28,7 +28,8 @@ def config_times(
         noise: the noise schedule.
         config: the scheduler's config.
         n: evaluation times.
-        inclusive: "linspace" and "leading" in the manner of DDIM and Euler, not of DPM-Solver.
+        convention: how ``timestep_spacing`` is meant: "exclusive" (DPM-Solver), "inclusive" (DDIM, Euler) or "distilled" (the
+            training steps that LCM and TCD checkpoints were distilled on).
         final: "zero" or "sigma_min" when the recipe says so; None leaves it to the config.
         mu: dynamic shift of flow models.
     """
@@ -36,27 +37,26 @@ def config_times(
         return (*flow_times(config, n, mu).tolist(), 0.0)
     if noise.family == "edm":
         points = _sigma_ramp(noise.t_max, noise.t_min, n, str(config.get("sigma_schedule") or "karras"), config)
-    elif config.get("use_karras_sigmas") or config.get("use_exponential_sigmas"):
+    elif (kind := _named_ramp(config)) is not None and convention != "distilled":
         high, low = (float(torch.exp(-noise.lam(t))) for t in (1.0, noise.t_min))
-        kind = "karras" if config.get("use_karras_sigmas") else "exponential"
         points = noise.t_of_lam(-torch.log(_sigma_ramp(high, low, n, kind, config)))
     else:
-        points = noise.t_of_timestep(training_steps(noise, config, n, inclusive=inclusive))
+        points = noise.t_of_timestep(training_steps(noise, config, n, convention=convention))
     points[0] = points[0].clamp(max=noise.t_max)
-    end = 0.0 if (final or _config_final(config, inclusive)) == "zero" else noise.t_min
-    last = float(points[-1])
-    if last <= end * (1 + STILL):  # the class evaluates at sigma_min and stays there
-        end = last * (1 - STILL)
-    return (*points.tolist(), end)
+    return (*points.tolist(), end_time(noise, config, float(points[-1]), convention=convention, final=final))
 
 
-def _config_final(config: Mapping[str, Any], inclusive: bool) -> str:
-    if inclusive and config.get("set_alpha_to_one") is False:  # DDIM's spelling of the same choice
-        return "sigma_min"
-    return str(config.get("final_sigmas_type") or "zero")
+def end_time(noise: NoiseSchedule, config: Mapping[str, Any], last: float, *, convention: str, final: str | None) -> float:
+    """Where the step from the last evaluation ends; arguments as in `config_times`, with that evaluation's time."""
+    if final is None:
+        ddim = convention == "inclusive" and config.get("set_alpha_to_one") is False  # DDIM's spelling of the same choice
+        final = "sigma_min" if ddim else str(config.get("final_sigmas_type") or "zero")
+    if final == "zero":
+        return 0.0
+    return min(noise.t_min, last * (1 - STILL))  # in-tree classes may evaluate at sigma_min and stay there
 
 
-def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, inclusive: bool) -> Tensor:
+def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, convention: str) -> Tensor:
     """n training steps (0-based, decreasing) by ``timestep_spacing`` (arXiv:2305.08891, table 2).
 
     Raises:
@@ -65,6 +65,13 @@ def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, i
     total = int(noise.parameters["num_train_timesteps"])
     if n > total:
         raise ValueError(f"num_inference_steps {n} is more than the {total} training steps of this model")
+    inclusive = convention != "exclusive"
+    if convention == "distilled":
+        every = int(config.get("original_inference_steps") or 50)
+        if n > every:
+            raise ValueError(f"num_inference_steps {n} is more than the {every} steps that this model was distilled on")
+        origin = torch.arange(every, 0, -1, dtype=torch.float64) * (total // every) - 1
+        return origin[(torch.arange(n) * every) // n]
     spacing, offset = config.get("timestep_spacing") or "linspace", int(config.get("steps_offset") or 0)
     floor = config.get("lambda_min_clipped")
     if floor is not None and floor > -math.inf and not inclusive:
@@ -85,8 +92,15 @@ def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, i
     raise ValueError(f"unknown timestep_spacing {spacing!r}; known: linspace, leading, trailing")
 
 
+def _named_ramp(config: Mapping[str, Any]) -> str | None:
+    flags = (("use_karras_sigmas", "karras"), ("use_lu_lambdas", "exponential"), ("use_exponential_sigmas", "exponential"))
+    return next((kind for flag, kind in (*flags, ("use_beta_sigmas", "beta")) if config.get(flag)), None)
+
+
 def _sigma_ramp(high: float, low: float, n: int, kind: str, config: Mapping[str, Any]) -> Tensor:
     """n noise levels from ``high`` to ``low``, both included."""
+    if kind == "beta":
+        return low + (high - low) * beta_quantiles(n)
     if kind == "exponential":
         return torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp()
     rho = float(config.get("rho") or 7.0)
@@ -133,7 +147,6 @@ def flow_times(config: Mapping[str, Any], n: int, mu: float | None, sigmas: Sequ
     terminal = config.get("shift_terminal")
     if terminal:
         t = 1 - (1 - t) * ((1 - terminal) / (1 - t[-1]))
-    if config.get("use_karras_sigmas") or config.get("use_exponential_sigmas"):
-        kind = "karras" if config.get("use_karras_sigmas") else "exponential"
+    if (kind := _named_ramp(config)) is not None:
         t = _sigma_ramp(float(t[0]), float(t[-1]), n, kind, config)
     return t.clamp(max=1.0)

@@ -7,6 +7,7 @@ slope p + 1.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -180,7 +181,8 @@ def recipe_steps(text: str, *, corrected: bool = False) -> tuple[tuple[StepStrat
     if "lower_order_final" in options:
         options["lower_order_final"] = False
     reach = int(options.get("order", 1))
-    steps = list(parsed.recipe.steps(reach + 2, False, **options))[:reach]
+    parsed = dataclasses.replace(parsed, options=options, common={**parsed.common, "final": "sigma_min"})
+    steps = list(parsed.schedule(NoiseSchedule.vp_linear(), reach + 2).steps[:reach])
     if not corrected:
         steps[-1] = msgspec.structs.replace(steps[-1], corr=None)
     grid: Grid = "sigma" if parsed.recipe.order_grid == "even-sigma" else "lambda"

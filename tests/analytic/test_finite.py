@@ -88,6 +88,42 @@ def test_the_no_signal_node_enters_derivatives(name: str, pred: str, axis: str) 
     torch.testing.assert_close(run(1.0), run(almost), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pred", ["x0", "eps"])
+@pytest.mark.parametrize("name", ["vp_cosine", "flow"])
+def test_the_no_signal_node_has_a_definite_place(name: str, pred: str) -> None:
+    """Order 2 by hand, with the first node's lambda at log(1e-6)."""
+    noise, times = NOISE[name], (1.0, 0.7, 0.4)
+    schedule = SolverSchedule(times=times, steps=(StepStrategy(), StepStrategy(order=2, pred=pred)))
+    result, states = sample(LAW.denoiser(noise), X, schedule, noise, trajectory=True)
+    seen = []
+    for x, t in zip(states[:2], times, strict=False):
+        x0 = LAW.denoiser(noise)(x, torch.tensor(t, dtype=torch.float64))
+        alpha, sigma = noise.alpha_sigma(t)
+        seen.append(x0 if pred == "x0" else (x - alpha * x0) / sigma)
+    (alpha, sigma), (alpha_to, sigma_to) = noise.alpha_sigma(0.7), noise.alpha_sigma(0.4)
+    h = noise.lam(0.4) - noise.lam(0.7)
+    d1 = (seen[1] - seen[0]) / (noise.lam(0.7) - math.log(1e-6))
+    if pred == "x0":
+        expected = sigma_to / sigma * states[1] + alpha_to * (-torch.expm1(-h) * seen[1] + (h - 1 + torch.exp(-h)) * d1)
+    else:
+        expected = alpha_to / alpha * states[1] - sigma_to * (torch.expm1(h) * seen[1] + (torch.expm1(h) - h) * d1)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+@ALL
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("axis", ["lambda", "sigma", "t", "index"])
+def test_noise_prediction_reaches_sigma_zero_continuously(noise: NoiseSchedule, axis: str, order: int) -> None:
+    steps = tuple(StepStrategy(order=min(order, i + 1), pred="eps", axis=axis) for i in range(4))
+
+    def run(end: float) -> torch.Tensor:
+        times = tuple(noise.t_of_lam(torch.tensor([-2.0, -1.0, 0.0, 1.0], dtype=torch.float64)).tolist())
+        return sample(LAW.denoiser(noise), X, SolverSchedule(times=(*times, end), steps=steps), noise)
+
+    almost = noise.t_of_lam(20.0).item()
+    torch.testing.assert_close(run(0.0), run(almost), rtol=1e-4, atol=1e-4)
+
+
 @ALL
 def test_one_step_to_zero_is_the_denoiser(noise: NoiseSchedule) -> None:
     t = torch.tensor(noise.t_max, dtype=torch.float64)

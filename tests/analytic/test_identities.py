@@ -57,6 +57,25 @@ def test_2m_is_unip_2_with_bh2(noise: NoiseSchedule) -> None:
 
 
 @ALL
+def test_unic_1_is_halfway_with_its_own_b(noise: NoiseSchedule) -> None:
+    """UniPC's first corrector adds (B(h) / 2) (M_new - M_start), not the Taylor weight (arXiv:2302.04867, section 3.3)."""
+    denoiser = LAW.denoiser(noise)
+    for variant in ("bh1", "bh2"):
+        step = recipe(f"unipc:order=1,variant={variant}", noise, 6).steps[0]
+        corr = msgspec.structs.replace(step.corr, reeval=True)
+        schedule = SolverSchedule(times=_times(noise, 2), steps=(msgspec.structs.replace(step, corr=corr), StepStrategy()))
+        engine = Engine(Tableau.build(schedule, noise), _x())
+        first = denoiser(engine.x, engine.query.t)
+        engine.tell(first)
+        predicted, second = engine.x, denoiser(engine.x, engine.query.t)
+        engine.tell(second)
+        h = torch.tensor(LAMBDAS[1] - LAMBDAS[0], dtype=torch.float64)
+        half = 0.5 * (h if variant == "bh1" else -torch.expm1(-h))
+        expected = predicted + noise.alpha(schedule.times[1]) * half * (second - first)
+        torch.testing.assert_close(engine.x, expected, rtol=1e-11, atol=1e-12)
+
+
+@ALL
 @pytest.mark.parametrize("order", [3, 4])
 @pytest.mark.parametrize("pred", ["x0", "eps"])
 def test_from_order_3_unip_is_the_taylor_step(noise: NoiseSchedule, order: int, pred: str) -> None:

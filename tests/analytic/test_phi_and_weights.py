@@ -98,6 +98,13 @@ def test_stencils_name_the_latest_nodes() -> None:
     assert [nodes for nodes, _ in stencil.derivatives] == [(2,), (0, 2), (2, 1, 0)]
 
 
+def test_the_number_of_nodes_counts_the_latest_of_them_in_any_order() -> None:
+    steps = (StepStrategy(), StepStrategy(), StepStrategy(order=3, nodes=(-3, -2), d_nodes=(1,)))
+    stencil = SolverSchedule(times=(1.0, 0.8, 0.6, 0.4), steps=steps).stencil(2)
+    assert stencil.derivatives[0] == ((1,), None)
+    assert set(stencil.derivatives[1][0]) == {0, 1}
+
+
 def test_stencils_of_restarts_and_correctors() -> None:
     steps = (
         StepStrategy(),

@@ -1,5 +1,7 @@
 """Whole runs against closed forms: mixtures, analytic first steps, residuals, precision, gradients."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,27 +140,31 @@ def test_residual_adds_what_it_says() -> None:
     torch.testing.assert_close(changed, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_reevaluating_correctors_evaluate_at_the_corrected_state() -> None:
-    steps = (StepStrategy(corr=Corrector(order=2, reeval=True)), StepStrategy(order=2))
-    schedule = SolverSchedule(times=(0.9, 0.5, 0.2), steps=steps)
+@pytest.mark.parametrize("pred", ["x0", "eps"])
+def test_reevaluating_correctors_evaluate_at_the_corrected_state(pred: str) -> None:
+    steps = (StepStrategy(pred=pred, corr=Corrector(order=2, reeval=True)), StepStrategy(order=2, pred=pred))
+    times = (0.9, 0.5, 0.2)
+    schedule = SolverSchedule(times=times, steps=steps)
     assert schedule.nfe == 3
-    x, seen, denoise = _x(), [], LAW.denoiser(VP)
+    x, seen = _x(), []
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         seen.append((x, t.item()))
-        return denoise(x, t)
+        return LAW.denoiser(VP)(x, t)
 
     result = sample(denoiser, x, schedule, VP)
     assert [t for _, t in seen] == [0.9, 0.5, 0.5]
-    # By hand: correct with the difference of x0 over the step, evaluate again, then an order-2 step from there.
-    levels = [(VP.alpha(t), VP.sigma(t), VP.lam(t)) for t in (0.9, 0.5, 0.2)]
-    d = [denoise(x, torch.tensor(0.9, dtype=torch.float64)), denoise(seen[1][0], torch.tensor(0.5, dtype=torch.float64))]
-    h = levels[1][2] - levels[0][2]
-    corrected = seen[1][0] + levels[1][0] * (h - 1 + torch.exp(-h)) * (d[1] - d[0]) / h
+    # By hand: the corrector adds its derivative term; the next step sees the answer at the corrected state only.
+    first, predicted, again = (_of(pred, VP, t, state, LAW) for state, t in seen)
+    h, h_next = (VP.lam(b) - VP.lam(a) for a, b in itertools.pairwise(times))
+    corrected = seen[1][0] + _second(pred, 0.5, h) * (predicted - first) / h
     torch.testing.assert_close(seen[2][0], corrected, rtol=1e-12, atol=1e-12)
-    again = denoise(corrected, torch.tensor(0.5, dtype=torch.float64))
-    h2 = levels[2][2] - levels[1][2]
-    expected = levels[2][1] / levels[1][1] * corrected + levels[2][0] * (
-        -torch.expm1(-h2) * again + (h2 - 1 + torch.exp(-h2)) * (again - d[0]) / h
-    )
+    alone = sample(LAW.denoiser(VP), corrected, SolverSchedule(times=(0.5, 0.2), steps=(StepStrategy(),)), VP)
+    expected = alone + _second(pred, 0.2, h_next) * (again - first) / h
     torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+def _second(pred: str, t: float, h: Tensor) -> Tensor:
+    """Weight of the first derivative in a step that ends at t."""
+    alpha, sigma = VP.alpha_sigma(t)
+    return alpha * (h - 1 + torch.exp(-h)) if pred == "x0" else -sigma * (torch.exp(h) - 1 - h)

@@ -178,6 +178,16 @@ def test_prediction_types(kind: str) -> None:
     assert SolverScheduler.from_config(DDIMScheduler(prediction_type=kind).config).model_config.prediction_type == kind
 
 
+def test_prediction_types_of_flow_models() -> None:
+    """Classes of the DPM-Solver kind say what the network predicts; flow-match classes predict velocities, whatever it says."""
+    theirs = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
+    ours = SolverScheduler.from_config(theirs.config)
+    assert (ours.model_config.family, ours.model_config.prediction_type) == ("flow", "epsilon")
+    inherited = FlowMatchEulerDiscreteScheduler.from_config(DDIMScheduler(prediction_type="epsilon").config)
+    ours = SolverScheduler.from_config({**inherited.config, "_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert (ours.model_config.family, ours.model_config.prediction_type) == ("flow", "flow_prediction")
+
+
 @pytest.mark.parametrize(
     ("theirs", "shift"),
     [

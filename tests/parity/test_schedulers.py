@@ -196,3 +196,38 @@ def test_grids_in_sigma(
     """
     options = {**SD, **options, f"use_{kind}_sigmas": True, "final_sigmas_type": final}
     tools.agree(cls, recipe, options, steps, x, timeless=True)
+
+
+# ---- the caller's own times --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [[999, 700, 400, 100], [850, 600, 300, 20, 3, 1]], ids=len)
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_given_timesteps(given: list[int], final: str, x: Tensor, tools: Any) -> None:
+    theirs = DPMSolverMultistepScheduler(final_sigmas_type=final, **SD)
+    ours = SolverScheduler.from_config(theirs.config, schedule="dpmpp:order=2")
+    theirs.set_timesteps(timesteps=given)
+    ours.set_timesteps(timesteps=given)
+    assert ours.timesteps.tolist() == given
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=2e-6, atol=0)
+    assert tools.difference(theirs, ours, x) < tools.limit
+
+
+def test_given_timesteps_end_where_the_recipe_says() -> None:
+    ours = SolverScheduler(schedule="deis:final=sigma_min")
+    ours.set_timesteps(timesteps=[900, 300, 0])
+    torch.testing.assert_close(ours.sigmas[-1], ours.sigmas[-2])
+    assert ours.solver_schedule.times[-1] < ours.solver_schedule.times[-2]
+
+
+@pytest.mark.parametrize("last", [[], [0.0]], ids=["N", "N+1"])
+def test_given_sigmas(last: list[float], x: Tensor, tools: Any) -> None:
+    """The times that belong to them are interpolated in another variable, so the model must not look at them."""
+    given = [14.6, 6.3, 3.7, 1.4, 0.4]
+    theirs = EulerDiscreteScheduler(**SD)
+    ours = SolverScheduler.from_config(theirs.config, schedule="euler")
+    theirs.set_timesteps(sigmas=[*given, 0.0])
+    ours.set_timesteps(sigmas=[*given, *last])
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=2e-6, atol=0)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=0.5)
+    assert tools.difference(theirs, ours, x, timeless=True) < tools.limit

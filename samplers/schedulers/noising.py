@@ -1,0 +1,58 @@
+"""Noise for stochastic schedules, drawn as diffusers draws it; and noising of clean samples."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..noise import NoiseSchedule
+
+
+def noise_like(
+    x: Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    seed: int | None = None,
+    step: int = 0,
+) -> Tensor:
+    """Standard normal noise in the shape of ``x`` (B, *E).
+
+    Args:
+        x: gives shape, dtype and device.
+        generator: one for the batch, or one per image so that an image does not depend on its batch; wins over ``seed``.
+        seed: image b's noise depends on (seed, step, b) alone.
+        step: index of the step.
+
+    Raises:
+        ValueError: a list of generators of another length than the batch.
+    """
+    if isinstance(generator, list) and len(generator) == 1 and len(x) != 1:
+        raise ValueError(f"a list of 1 generator was given for a batch of {len(x)}; pass one per image, or none in a list")
+    if generator is None and seed is not None:
+        generator = [_generator(seed, step, b) for b in range(len(x))]
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def _generator(*words: int) -> torch.Generator:
+    """A generator whose seed mixes the words (splitmix64's finaliser), so that neighbours are unrelated."""
+    state, mask = 0, (1 << 64) - 1
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+def add_noise(noise_schedule: NoiseSchedule, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """alpha x0 + sigma noise at ``timesteps`` (B,) or 0-d, in the dtype of ``x0``."""
+    alpha, sigma = levels_like(noise_schedule, x0, timesteps)
+    return alpha * x0 + sigma * noise.to(x0)
+
+
+def levels_like(noise_schedule: NoiseSchedule, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma at ``timesteps`` (B,), shaped to broadcast to ``x`` (B, *E)."""
+    t = noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
+    shape = (-1, *[1] * (x.ndim - 1))
+    return tuple(level.to(x).reshape(shape) for level in noise_schedule.alpha_sigma(t))  # type: ignore[return-value]
