@@ -4,9 +4,9 @@
     python benchmarks/step_time.py --check          exit code 1 when a target is missed
     python benchmarks/step_time.py --profile        where a step's time goes
 
-Every time is that of one thread, per step, from a whole run of 20 steps with the network left out. The contestants take turns
-within a repeat, and a ratio is the median over repeats of the ratio within a repeat, so that a slow moment of the machine
-hits both. Brackets hold the quartiles.
+Every time is CPU time of one thread, per step, from a whole run of 20 steps with the network left out. The contestants take
+turns within a repeat, and a ratio is the median over repeats of the ratio within a repeat, so that a slow moment of the
+machine hits both. Brackets hold the quartiles.
 """
 
 from __future__ import annotations
@@ -116,9 +116,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Median [quartiles]."""
-    low, middle, high = (f"{value * scale:.{digits}g}" for value in quartiles(values))
+def spread(values: Sequence[float], scale: float = 1.0) -> str:
+    """Median [quartiles], three digits each."""
+    numbers = [value * scale for value in quartiles(values)]
+    low, middle, high = (f"{number:.0f}" if number >= 1000 else f"{number:.3g}" for number in numbers)
     return f"{middle} [{low}, {high}]"
 
 
@@ -151,11 +152,11 @@ def time_steps(report: Report, repeats: int) -> None:
             target = report.verdict(what, statistics.median(ratios), limit)
             if shape == SMALL:
                 target += ", " + report.verdict(what, 1e6 * statistics.median(times["ours"]), 60.0, "us")
-            columns = [spread(times[key], scale=1e6) for key in ("theirs", "ours")]
+            columns = [spread(times[key], 1e6) for key in ("theirs", "ours")]
             report.lines.append(f"| {contest.title} | {shape} | {' | '.join(columns)} | {spread(ratios)} | {target} |")
             if shape == LARGE:
                 verdict = report.verdict(f"{what}, to the bare weighted sum", statistics.median(to_bare), 2.0)
-                bare_lines.append(f"| {contest.title} | {spread(times['bare'], scale=1e6)} | {spread(to_bare)} | {verdict} |")
+                bare_lines.append(f"| {contest.title} | {spread(times['bare'], 1e6)} | {spread(to_bare)} | {verdict} |")
     report.lines += [
         "",
         f"Against the bare weighted sums of the same number of tensors at {LARGE}; a step also turns the network's output into "
@@ -307,7 +308,8 @@ def header(repeats: int) -> Iterator[str]:
     """Title, versions and what the numbers mean."""
     yield "# Time of a scheduler step"
     yield ""
-    yield "Written by `python benchmarks/step_time.py`. One thread, CPU, float32, the network left out; per step of a 20-step run."
+    yield "Written by `python benchmarks/step_time.py`. CPU time of one thread, float32, the network left out; per step of a"
+    yield "20-step run."
     yield f"Median [quartiles] of {repeats} repeats, in which the contestants take turns; ratios are taken within a repeat."
     yield ""
     yield (

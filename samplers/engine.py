@@ -162,9 +162,7 @@ def sample(
         ValueError: see `Tableau.build`; also an ``x`` that is no floating-point batch, before any network call.
     """
     states: dict[str, Tensor] = {}
-    for engine in iterate(
-        denoiser, x, schedule, noise_schedule, generator=generator, first_x0=first_x0, statistics=statistics
-    ):
+    for engine in iterate(denoiser, x, schedule, noise_schedule, generator=generator, first_x0=first_x0, statistics=statistics):
         if trajectory:
             states |= {name: value for name, value in engine.memory.items() if name.startswith("x")}
     result = engine.x.to(x.dtype)

@@ -7,9 +7,7 @@ from .dpmpp import SHORT
 from .grids import TimeGrid
 
 
-def deis(
-    grid: TimeGrid, *, order: int = 2, axis: str = "lambda", lower_order_final: bool = True
-) -> tuple[StepStrategy, ...]:
+def deis(grid: TimeGrid, *, order: int = 2, axis: str = "lambda", lower_order_final: bool = True) -> tuple[StepStrategy, ...]:
     r"""DEIS (Zhang & Chen 2023, arXiv:2204.13902, eq. 14): the noise prediction's polynomial, integrated exactly.
 
     Order ``order``, one NFE a step.

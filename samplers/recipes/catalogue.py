@@ -50,6 +50,10 @@ class Recipe:
     expand: Callable[[NoiseSchedule, tuple[float, ...], int, Options], tuple[float, ...]] | None = None
     known_as: Mapping[str, str] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Callable[[str], Recipe], tuple[str]]:
+        """Pickled by name, as schedulers between steps are."""
+        return _recipe_named, (self.name,)
+
     @property
     def defaults(self) -> dict[str, Any]:
         """The options that recipe text may set, with their defaults."""
@@ -60,6 +64,10 @@ class Recipe:
     def summary(self) -> str:
         """First line of the recipe's documentation."""
         return (inspect.getdoc(self.steps) or "").splitlines()[0]
+
+
+def _recipe_named(name: str) -> Recipe:
+    return RECIPES[name]
 
 
 def _dpmpp_order(options: Options) -> int | None:
@@ -216,7 +224,9 @@ def _plain(name: str) -> str:
     return "".join(c for c in name.lower().replace("++", "pp") if c.isalnum())
 
 
-_NAMES = {_plain(name): text for name, text in {**{name: name for name in RECIPES}, **ALIASES}.items()}
+# Spelt as they are, ours win: "unipc" is our recipe, "uni_pc" ComfyUI's name for another order and variant of it.
+_EXACT = {**ALIASES, **{name: name for name in RECIPES}}
+_NAMES = {_plain(name): text for name, text in _EXACT.items()}
 
 
 def canonical(text: str) -> str | None:
@@ -224,12 +234,16 @@ def canonical(text: str) -> str | None:
 
     "DPM++ 2M Karras", "dpmpp_2m_karras" and "dpmpp:order=2,grid=karras" are the same.
     """
-    name = _plain(text.partition(":")[0])
-    if name in _NAMES:
-        return _NAMES[name]
+    name = text.partition(":")[0].strip()
+    if known := _lookup(name):
+        return known
     for suffix in _GRID_SUFFIXES:
-        base = name.removesuffix(_plain(suffix))
-        if base != name and base in _NAMES:
-            known = _NAMES[base]
+        exact, plain = name.removesuffix(f"_{suffix}"), _plain(name).removesuffix(_plain(suffix))
+        known = (_lookup(exact) if exact != name else None) or (_NAMES.get(plain) if plain != _plain(name) else None)
+        if known:
             return f"{known}{',' if ':' in known else ':'}grid={suffix}"
     return None
+
+
+def _lookup(name: str) -> str | None:
+    return _EXACT.get(name) or _NAMES.get(_plain(name))

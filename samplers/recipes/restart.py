@@ -16,10 +16,10 @@ def restart(
 ) -> tuple[StepStrategy, ...]:
     r"""Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 2) on DPM-Solver++ steps.
 
-    When the main pass reaches noise level ``low``, noise takes the state back to ``high`` and ``inner`` steps solve the interval
-    again, ``repeats`` times. Stochastic; one NFE a step, ``repeats * inner`` of them in the intervals. Meant for many steps
-    (the paper uses 40 and more evaluations); with fewer than ``repeats * inner + 2`` the main pass takes them all. Where the
-    grid has no time below ``high``, the interval keeps its ratio and moves up to the grid's nearest time.
+    When the main pass reaches noise level ``low``, noise takes the state back to ``high`` and ``inner`` steps solve the
+    interval again, ``repeats`` times. Stochastic; one NFE a step, ``repeats * inner`` of them in the intervals. Meant for
+    many steps (the paper uses 40 and more evaluations); with fewer than ``repeats * inner + 2`` the main pass takes them
+    all. Where the grid has no time below ``high``, the interval keeps its ratio and moves up to the grid's nearest time.
 
     Args:
         grid: the times, with the jumps.
@@ -53,9 +53,7 @@ def restart_macro(noise: NoiseSchedule, nfe: int, options: Mapping[str, Any]) ->
     return main if main >= 2 else nfe
 
 
-def restart_expand(
-    noise: NoiseSchedule, times: tuple[float, ...], nfe: int, options: Mapping[str, Any]
-) -> tuple[float, ...]:
+def restart_expand(noise: NoiseSchedule, times: tuple[float, ...], nfe: int, options: Mapping[str, Any]) -> tuple[float, ...]:
     """Put the repeated intervals into the main pass's times."""
     if nfe == len(times) - 1:
         return times

@@ -63,9 +63,7 @@ class RecipeText:
             raise ValueError(f"nfe must be a whole number of at least 1, got {nfe!r}")
         return self.recipe.macro(noise_schedule, nfe, self.options) + self.analytic_first_step
 
-    def schedule(
-        self, noise_schedule: NoiseSchedule, nfe: int, *, at: tuple[float, ...] | None = None
-    ) -> SolverSchedule:
+    def schedule(self, noise_schedule: NoiseSchedule, nfe: int, *, at: tuple[float, ...] | None = None) -> SolverSchedule:
         """The solver schedule with ``nfe`` network evaluations.
 
         Args:

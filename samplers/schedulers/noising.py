@@ -45,12 +45,6 @@ def _generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(state >> 1)
 
 
-def add_noise(noise_schedule: NoiseSchedule, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """alpha x0 + sigma noise at ``timesteps`` (B,) or 0-d, in the dtype of ``x0``."""
-    alpha, sigma = levels_like(noise_schedule, x0, timesteps)
-    return alpha * x0 + sigma * noise.to(x0)
-
-
 def levels_like(noise_schedule: NoiseSchedule, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma at ``timesteps`` (B,), shaped to broadcast to ``x`` (B, *E)."""
     t = noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))

@@ -5,44 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config_reader import ModelConfig, alphas_cumprod_of, betas_of, flow_shift_of, read_config
+from ..config_reader import ModelConfig, alphas_cumprod_of, betas_of, read_config
 from ..engine import Engine
-from ..noise import NoiseSchedule
 from ..parametrization import FLOW_PREDICTION, to_x0
-from ..recipes import ALIASES, RECIPES, RecipeText, canonical, parse_recipe
-from ..strategy import SolverSchedule, shipped_schedules
+from ..recipes import RecipeText, parse_recipe
+from ..strategy import SolverSchedule
 from ..tableau import Tableau
 from .clipping import clip_from_config
-from .noising import noise_like
-from .spacing import config_times, dynamic_shift, end_time, flow_times
+from .noising import levels_like, noise_like
+from .output import SolverSchedulerOutput
+from .sources import load_mean, resolve_schedule, split_config
+from .times import schedule_for
 
 DEFAULT_SCHEDULE = "dpmpp:order=2"
-
-
-@dataclass
-class SolverSchedulerOutput(BaseOutput):
-    """Result of one step.
-
-    Attributes:
-        prev_sample: (B, *E) the state to evaluate the network at next; the sample after the last step.
-        pred_original_sample: (B, *E) the x0-prediction of this step, before clipping.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
@@ -55,7 +40,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         pipe(prompt, num_inference_steps=8)
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
@@ -106,46 +91,27 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Build from explicit values; `from_config` reads them from another scheduler's config.
 
-        Args:
+        The names and meanings are those of diffusers' own schedulers, of which each family reads its own. Where the recipe
+        names a grid, the keys that choose times do nothing.
+
+        Keys:
             num_train_timesteps: training steps N.
-            beta_start: first beta (vp).
-            beta_end: last beta (vp).
-            beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid" (vp).
-            trained_betas: the betas themselves (vp).
+            beta_start, beta_end, beta_schedule, trained_betas: the noise schedule (vp).
+            rescale_betas_zero_snr, snr_shift_scale: its rescaling (vp; the second is CogVideoX's).
             schedule: recipe text ("unipc:order=3,grid=karras"), the path or the name of a solver schedule's JSON, or its dict.
             family: "vp", "edm" or "flow".
             prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-            timestep_spacing: "linspace", "leading" or "trailing"; used where the recipe names no grid (vp).
-            steps_offset: added to "leading" steps (vp).
-            rescale_betas_zero_snr: rescale to zero terminal signal-to-noise ratio (vp).
-            snr_shift_scale: CogVideoX's shift of the signal-to-noise ratio (vp).
-            final_sigmas_type: "zero" or "sigma_min"; where the recipe does not say.
-            set_alpha_to_one: DDIM's spelling of the same; False means "sigma_min" for DDIM-like recipes.
-            lambda_min_clipped: leave out training steps whose lambda is lower (vp).
-            clip_sample: clamp x0 to +-clip_sample_range, for recipes whose in-tree class does.
-            clip_sample_range: see above.
-            thresholding: dynamic thresholding of x0, for recipes whose in-tree class does.
-            dynamic_thresholding_ratio: its quantile.
-            sample_max_value: its upper bound.
-            variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
-            use_karras_sigmas: Karras grid where the recipe names none.
-            use_exponential_sigmas: exponential grid where the recipe names none.
-            use_beta_sigmas: beta grid where the recipe names none.
-            use_lu_lambdas: DPM-Solver's lambda grid where the recipe names none.
+            timestep_spacing, steps_offset, lambda_min_clipped: times among the training steps (vp).
+            final_sigmas_type, set_alpha_to_one: where the last step ends (the second is DDIM's spelling).
+            use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas, rho: named grids.
             original_inference_steps: steps that the checkpoint was distilled on (lcm, tcd).
-            sigma_min: lowest noise level (edm).
-            sigma_max: highest noise level (edm).
-            sigma_data: data scale of the preconditioning (edm).
-            sigma_schedule: "karras" or "exponential" (edm).
-            rho: Karras exponent.
-            shift: static time shift (flow).
-            use_dynamic_shifting: the pipeline passes ``mu`` (flow).
-            base_shift: read by pipelines that compute ``mu``.
-            max_shift: read by pipelines that compute ``mu``.
-            base_image_seq_len: read by pipelines that compute ``mu``.
-            max_image_seq_len: read by pipelines that compute ``mu``.
-            time_shift_type: "exponential" or "linear" (flow).
-            shift_terminal: stretch the shifted times to end here (flow).
+            clip_sample, clip_sample_range: clamp x0, for recipes whose in-tree class does.
+            thresholding, dynamic_thresholding_ratio, sample_max_value: likewise dynamic thresholding.
+            variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
+            sigma_min, sigma_max, sigma_data, sigma_schedule: noise levels and preconditioning (edm).
+            shift, shift_terminal: static time shift (flow).
+            use_dynamic_shifting, time_shift_type: the pipeline passes ``mu`` (flow).
+            base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines that compute ``mu``.
             statistics: path of empirical model statistics, for the steps that use them.
             first_x0: path of a safetensors file with the data's mean, for an "average_x0" first step.
             noise_seed: of stochastic schedules, where the pipeline passes no generator: image b's noise at step i depends on
@@ -156,7 +122,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             FileNotFoundError: a schedule or file that is not there.
         """
         if isinstance(schedule, str | Path):
-            schedule = _resolve(schedule)
+            schedule = resolve_schedule(schedule)
         if not isinstance(schedule, str):
             schedule = json.loads(json.dumps(SolverSchedule.from_dict(schedule).to_dict()))  # lists, as when read back
         self.register_to_config(schedule=schedule)
@@ -165,11 +131,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(_use_default_values=sorted(set(implied) - {"family", "prediction_type"}))
         self.model_config: ModelConfig = read_config(self.config)
         self.noise_schedule = self.model_config.noise_schedule()
-        self.recipe: RecipeText | None = parse_recipe(schedule) if isinstance(schedule, str) else None
-        self.fixed: SolverSchedule | None = None if isinstance(schedule, str) else SolverSchedule.from_dict(schedule)
+        self.source = parse_recipe(schedule) if isinstance(schedule, str) else SolverSchedule.from_dict(schedule)
         if statistics is not None:
             raise ValueError("statistics: no step strategy of this version uses empirical model statistics")
-        self._first_x0 = None if first_x0 is None else _load_mean(first_x0)
+        self._first_x0 = None if first_x0 is None else load_mean(first_x0)
         self.betas, self.alphas_cumprod = None, None
         if self.model_config.family == "vp":
             self.betas, self.alphas_cumprod = betas_of(self.config), alphas_cumprod_of(self.config)
@@ -195,33 +160,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the config's model is of no supported kind, or a value is unknown; also an analytic first step where
                 the pipeline cannot apply it (flow models: use `samplers.schedulers.swap`).
         """
-        if config is None:
-            raise ValueError("from_config needs a scheduler config; use SolverScheduler(...) to build from values")
-        raw = dict(config)
-        implied = raw.pop("_use_default_values", ())
-        if "family" in raw:  # once ours: what a class in between has filled in says nothing about the model
-            raw = {key: value for key, value in raw.items() if key not in implied}
-        if raw.get("invert_sigmas"):
-            raise ValueError("invert_sigmas=True (Mochi) is not supported: its time runs the other way")
-        model = read_config(raw)
-        raw |= {"family": model.family, "prediction_type": model.prediction_type}
-        if model.family == "flow":
-            raw["shift"] = flow_shift_of(raw)
-        for flag in (
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "rescale_betas_zero_snr",
-            "clip_sample",
-            "thresholding",
-        ):
-            if raw.get(flag) is None:
-                raw.pop(flag, None)
+        model, mine, foreign = split_config(config, cls._get_init_keys(cls))
         hooked = kwargs.pop("_opened_by_hook", False)
-        known = cls._get_init_keys(cls)
-        foreign = {key: value for key, value in raw.items() if key not in known}
-        if "_class_name" in foreign:
-            foreign["_class_name"] = cls.__name__
-        mine = {key: value for key, value in raw.items() if key in known}
         made = super().from_config(mine, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
         scheduler.register_to_config(**foreign)  # kept for the way back to the class they belong to
@@ -258,9 +198,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     @property
     def analytic_first_step(self) -> bool:
         """Whether the first step of the schedule needs no network."""
-        if self.fixed is not None:
-            return self.fixed.analytic_first_step
-        return self.recipe is not None and self.recipe.analytic_first_step
+        return self.source.analytic_first_step
 
     def __len__(self) -> int:
         """Number of training timesteps."""
@@ -289,35 +227,15 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             ValueError: a number of evaluations that a fixed schedule does not have, both or neither of the above, or times
                 that do not fit the model.
         """
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("pass timesteps or sigmas, not both")
-        given = timesteps if timesteps is not None else sigmas
-        given_list = None if given is None else [float(v) for v in given]
-        if given_list and sigmas is not None and len(given_list) > 1 and given_list[-1] == 0.0:
-            given_list = given_list[:-1]
-        nfe = num_inference_steps if given_list is None else len(given_list)
-        if nfe is None:
-            raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
-        if nfe < 1 or nfe != int(nfe):
-            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {nfe}")
-        nfe = int(nfe)
-        if given_list is not None and num_inference_steps not in (None, nfe):
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, but {nfe} times were given")
-        if self.fixed is not None:
-            if nfe != self.fixed.nfe:
-                raise ValueError(
-                    f"the schedule {self.fixed.name or 'in use'} has {self.fixed.nfe} network evaluations; "
-                    f"num_inference_steps={nfe} was asked for: pass {self.fixed.nfe}, or use a recipe"
-                )
-            schedule = self.fixed
-        else:
-            assert self.recipe is not None
-            own = given_list is not None and not self.recipe.names_grid and not self.recipe.analytic_first_step
-            at = self._given_times(given_list, timesteps is not None, mu) if own and given_list else self._times(nfe, mu)
-            noise = self.noise_schedule
-            if at is None and self.config.use_dynamic_shifting and mu is not None:
-                noise = NoiseSchedule.flow(dynamic_shift(self.config, mu))
-            schedule = self.recipe.schedule(noise, nfe, at=at)
+        schedule = schedule_for(
+            self.source,
+            self.config,
+            self.noise_schedule,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            mu=mu,
+        )
         self.solver_schedule = schedule
         self.tableau = Tableau.build(schedule, self.noise_schedule, first_x0=self._first_x0)
         queries = [stage.query for stage in self.tableau.stages]
@@ -327,35 +245,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = self._level(torch.cat([t, end[None]])).to(torch.float32)
         self.num_inference_steps = len(queries)
         self._reset()
-
-    def _times(self, nfe: int, mu: float | None) -> tuple[float, ...] | None:
-        """Times where the caller gave none: by the config's convention, or None for the recipe's own grid."""
-        assert self.recipe is not None
-        if self.recipe.names_grid:
-            return None
-        n = self.recipe.macro_steps(self.noise_schedule, nfe)
-        config = self.config if self.recipe.common["shift"] is None else {**self.config, "shift": self.recipe.common["shift"]}
-        return config_times(self.noise_schedule, config, n, convention=self._convention, final=self._final, mu=mu)
-
-    @property
-    def _convention(self) -> str:
-        return "exclusive" if self.recipe is None else self.recipe.recipe.spacing
-
-    @property
-    def _final(self) -> str | None:
-        """The end that the recipe or its text asks for, or None."""
-        if self.recipe is None or ("final" not in self.recipe.given and self.recipe.recipe.final is None):
-            return None
-        return str(self.recipe.common["final"])
-
-    def _given_times(self, values: list[float], are_timesteps: bool, mu: float | None) -> tuple[float, ...]:
-        noise = self.noise_schedule
-        if self.model_config.family == "flow":
-            unshifted = [value / 1000.0 for value in values] if are_timesteps else values
-            return (*flow_times(self.config, len(values), mu, unshifted).tolist(), 0.0)
-        levels = torch.tensor(values, dtype=torch.float64)
-        t = noise.t_of_timestep(levels) if are_timesteps else noise.t_of_lam(-torch.log(levels))
-        return (*t.tolist(), end_time(noise, self.config, float(t[-1]), convention=self._convention, final=self._final))
 
     def _level(self, t: Tensor) -> Tensor:
         """Noise levels as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
@@ -425,7 +314,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             self._start(timestep, sample)
             self._opening = None
         engine = self._engine
-        assert engine is not None and self._step_index is not None
+        assert engine is not None
+        assert self._step_index is not None
         query = engine.query
         if query is None:
             raise RuntimeError(f"all {len(self.timesteps)} steps are done; call set_timesteps to start again")
@@ -452,7 +342,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _start(self, timestep: float | Tensor, sample: Tensor) -> None:
         """Open a run at the timestep's place; steps whose history lies before it become first order."""
-        assert self.tableau is not None and self.solver_schedule is not None
+        assert self.tableau is not None
+        assert self.solver_schedule is not None
         index = self._first_index(timestep)
         if not 0 <= index < len(self.tableau.stages):
             raise ValueError(f"begin index {index} is outside the {len(self.tableau.stages)} steps of the schedule")
@@ -467,7 +358,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             )
         clip = None
         if tableau.clip == "config":
-            clip = clip_from_config(self.config, self.recipe.recipe.honours if self.recipe else ())
+            clip = clip_from_config(self.config, self.source.recipe.honours if isinstance(self.source, RecipeText) else ())
         self._engine = Engine(tableau, _wide(sample), clip)
         self._step_index = index
 
@@ -481,10 +372,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise x0 to ``timesteps`` (B,): alpha x0 + sigma noise, in the dtype of ``original_samples``."""
-        t = self.noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
-        alpha, sigma = self.noise_schedule.alpha_sigma(t)
-        shape = (-1, *[1] * (original_samples.ndim - 1))
-        alpha, sigma = alpha.to(original_samples).reshape(shape), sigma.to(original_samples).reshape(shape)
+        alpha, sigma = levels_like(self.noise_schedule, original_samples, timesteps)
         return alpha * original_samples + sigma * noise.to(original_samples)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -495,30 +383,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """The training target of v-prediction, alpha noise - sigma x0 (flow: noise - x0)."""
         if self.model_config.prediction_type == FLOW_PREDICTION:
             return noise - sample
-        t = self.noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
-        alpha, sigma = self.noise_schedule.alpha_sigma(t)
-        shape = (-1, *[1] * (sample.ndim - 1))
-        return alpha.to(sample).reshape(shape) * noise - sigma.to(sample).reshape(shape) * sample
+        alpha, sigma = levels_like(self.noise_schedule, sample, timesteps)
+        return alpha * noise - sigma * sample
 
 
 def _wide(x: Tensor) -> Tensor:
     """``x`` in the arithmetic's dtype: at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _resolve(source: str | Path) -> str | dict[str, Any]:
-    """Recipe text as it is; a file or a shipped name as its content, so that saved pipelines carry the schedule itself."""
-    text = str(source)
-    if canonical(text) is not None:
-        return text
-    if Path(source).is_file() or text in shipped_schedules():
-        return SolverSchedule.load(source).to_dict()
-    known, shipped = ", ".join([*RECIPES, *ALIASES]), ", ".join(shipped_schedules()) or "none"
-    raise ValueError(f"unknown schedule {text!r}: no recipe ({known}), no file, no shipped schedule ({shipped})")
-
-
-def _load_mean(path: str | Path) -> Tensor:
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ValueError(f"{path}: expected one tensor, the data's mean, found {', '.join(sorted(tensors)) or 'none'}")
-    return next(iter(tensors.values())).to(torch.float32)

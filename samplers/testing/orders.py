@@ -169,21 +169,29 @@ def local_order(
     return slope(widths, local_errors(steps, noise_schedule, widths, at=at, grid=grid, ratios=ratios)) - 1.0
 
 
-def recipe_steps(text: str, *, corrected: bool = False) -> tuple[tuple[StepStrategy, ...], int, Grid]:
+def recipe_steps(
+    text: str, noise_schedule: NoiseSchedule, *, corrected: bool = False
+) -> tuple[tuple[StepStrategy, ...], int | None, Grid]:
     """A recipe's steps up to the first of full order, the order it declares, and the grid on which it declares it.
 
     Args:
         text: recipe text.
-        corrected: let the last of the steps keep its corrector, if it has one.
+        noise_schedule: what the recipe is made for.
+        corrected: let the last of the steps keep its free corrector, if it has one. One that evaluates again is the
+            method itself and stays.
     """
     parsed = parse_recipe(text)
     options = dict(parsed.options)
     if "lower_order_final" in options:
         options["lower_order_final"] = False
-    reach = int(options.get("order", 1))
+    reach = max(int(options.get("order", 1)), parsed.recipe.nfe_per_step)
     parsed = dataclasses.replace(parsed, options=options, common={**parsed.common, "final": "sigma_min"})
-    steps = list(parsed.schedule(NoiseSchedule.vp_linear(), reach + 2).steps[:reach])
-    if not corrected:
+    nfe = 2 * reach + 4
+    lam = torch.linspace(-2.0, 2.0, parsed.macro_steps(noise_schedule, nfe) + 1, dtype=torch.float64)
+    at = tuple(noise_schedule.t_of_lam(lam).tolist())  # away from alpha = 0, where some recipes begin otherwise
+    steps = list(parsed.schedule(noise_schedule, nfe, at=at).steps[:reach])
+    corr = steps[-1].corr
+    if corr is not None and not corr.reeval and not corrected:
         steps[-1] = msgspec.structs.replace(steps[-1], corr=None)
     grid: Grid = "sigma" if parsed.recipe.order_grid == "even-sigma" else "lambda"
     return tuple(steps), parsed.recipe.order(options), grid

@@ -195,3 +195,12 @@ def test_schedules_are_frozen() -> None:
         schedule.times = (2.0, 1.0)
     with pytest.raises(AttributeError):
         schedule.steps[0].order = 2
+
+
+def test_cutting_off_history_drops_what_named_it() -> None:
+    """Even a node that is named and then not used: it could not be named from the shorter history."""
+    corr = Corrector(order=2, nodes=(-1, -3), d_nodes=((-1,),))
+    tail = _schedule(S(), S(corr=corr), S(order=2, nodes=(-2, -3), d_nodes=((-2,),)), S(order=2)).tail(1)
+    assert tail.steps == (S(), S(), S(order=2))
+    kept = _schedule(S(), S(corr=Corrector(order=2)), S(order=2)).tail(1)
+    assert kept.steps == (S(corr=Corrector(order=2)), S(order=2))

@@ -30,28 +30,39 @@ TEXTS = [
     ),
     "dpmpp:order=3",
     "dpmpp:order=3,taylor=true",
+    "dpmpp:order=3,method=singlestep",
+    *(f"dpm:order={order},method={method}" for order, method in itertools.product((1, 2, 3), ("multistep", "singlestep"))),
+    "ddim:eta=0",
+    "euler_ancestral:eta=0",
+    "heun",
+    "kdpm2",
     *UNIPC,
     *(f"deis:order={order},axis={axis}" for order, axis in itertools.product((1, 2, 3, 4), ("lambda", "t", "sigma"))),
+    *(f"lms:order={order}" for order in (1, 2, 3, 4)),
+    *(f"sa_solver:order={order},tau=0" for order in (1, 2, 3)),
     *(f"ipndm:order={order}" for order in (1, 2, 3, 4)),
 ]
+STOCHASTIC = ["ddpm", "restart", "lcm", "tcd"]  # no order of a deterministic kind is declared
 ANY_GRID = [text for text in TEXTS if not text.startswith("ipndm")]
 BAND = 0.2
 
 
 def test_every_recipe_is_measured() -> None:
-    assert {text.partition(":")[0] for text in TEXTS} == set(RECIPES)
+    assert {text.partition(":")[0] for text in [*TEXTS, *STOCHASTIC]} == set(RECIPES)
+    for name in STOCHASTIC:
+        assert RECIPES[name].order(RECIPES[name].defaults) is None
 
 
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 @pytest.mark.parametrize("text", TEXTS)
 def test_local_order_on_the_declared_grid(text: str, noise: NoiseSchedule) -> None:
-    steps, declared, grid = recipe_steps(text)
+    steps, declared, grid = recipe_steps(text, noise)
     assert local_order(steps, noise, grid=grid) == pytest.approx(declared, abs=BAND)
 
 
 @pytest.mark.parametrize("text", ANY_GRID)
 def test_a_recipe_for_any_grid_keeps_its_order_on_an_uneven_one(text: str) -> None:
-    steps, declared, grid = recipe_steps(text)
+    steps, declared, grid = recipe_steps(text, NOISE["vp"])
     assert grid == "lambda"
     assert local_order(steps, NOISE["vp"], at=1.0, ratios=UNEVEN) == pytest.approx(declared, abs=BAND)
 
@@ -59,14 +70,14 @@ def test_a_recipe_for_any_grid_keeps_its_order_on_an_uneven_one(text: str) -> No
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 @pytest.mark.parametrize("text", UNIPC)
 def test_the_corrector_gains_one_order(text: str, noise: NoiseSchedule) -> None:
-    steps, declared, _ = recipe_steps(text, corrected=True)
+    steps, declared, _ = recipe_steps(text, noise, corrected=True)
     assert steps[-1].corr is not None
     assert local_order(steps, noise, ratios=UNEVEN) == pytest.approx(declared + 1, abs=BAND)
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
 def test_ipndm_is_first_order_off_its_grid(order: int) -> None:
-    steps, _, _ = recipe_steps(f"ipndm:order={order}")
+    steps, _, _ = recipe_steps(f"ipndm:order={order}", NOISE["vp"])
     assert local_order(steps, NOISE["vp"], grid="sigma", ratios=UNEVEN) == pytest.approx(1, abs=BAND)
 
 

@@ -1,6 +1,7 @@
 """Saving and loading of `SolverScheduler`, and the ways a schedule can be named."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from samplers import NoiseSchedule, SolverSchedule, recipe
+from samplers import RECIPES, NoiseSchedule, SolverSchedule, parse_recipe, recipe
 from samplers.schedulers import SolverScheduler
 
 SOURCES = [
@@ -96,14 +97,14 @@ def test_a_schedule_from_a_file_outlives_it(
     file.unlink()
     scheduler.save_pretrained(tmp_path / "folder")
     again = SolverScheduler.from_pretrained(tmp_path / "folder")
-    assert again.fixed == fixed
+    assert again.source == fixed
     assert torch.equal(_run(again, x, tools), expected)
 
 
 def test_a_dict_is_the_same_schedule(fixed: SolverSchedule, x: Tensor, tools: Any) -> None:
     by_dict = SolverScheduler.from_config(SOURCES[0].config, schedule=fixed.to_dict())
     by_recipe = SolverScheduler.from_config(SOURCES[0].config, schedule="unipc:order=3,grid=linspace")
-    assert by_dict.fixed == fixed
+    assert by_dict.source == fixed
     assert torch.equal(_run(by_dict, x, tools), _run(by_recipe, x, tools))
 
 
@@ -140,9 +141,20 @@ def test_a_named_grid_keeps_its_times() -> None:
 def test_a_schedule_of_another_family(fixed: SolverSchedule) -> None:
     scheduler = SolverScheduler.from_config(SOURCES[2].config, schedule=fixed.to_dict())
     with_path = recipe("ddim", NoiseSchedule.vp_linear(), 5).to_dict()
-    assert scheduler.fixed == fixed  # nothing in it says which family its times belong to
+    assert scheduler.source == fixed  # nothing in it says which family its times belong to
     with pytest.raises(ValueError, match="belong to 'vp_linear', not to the 'flow'"):
         SolverScheduler.from_config(SOURCES[2].config, schedule=with_path).set_timesteps(5)
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_alias_takes_a_recipes_name(name: str) -> None:
+    parsed = parse_recipe(name)
+    assert parsed.recipe.name == name
+    assert parsed.options == parsed.recipe.defaults
+    assert pickle.loads(pickle.dumps(parsed)) == parsed
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Which solver schedule a `set_timesteps` call means: a fixed one, or a recipe on the config's or the caller's times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..noise import NoiseSchedule
+from ..recipes import RecipeText
+from ..strategy import SolverSchedule
+from .spacing import config_times, dynamic_shift, end_time, flow_times
+
+
+def schedule_for(
+    source: RecipeText | SolverSchedule,
+    config: Mapping[str, Any],
+    noise: NoiseSchedule,
+    *,
+    num_inference_steps: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    mu: float | None,
+) -> SolverSchedule:
+    """The solver schedule for one call; arguments as in `SolverScheduler.set_timesteps`."""
+    nfe, given = _asked_for(num_inference_steps, timesteps, sigmas)
+    if isinstance(source, SolverSchedule):
+        if nfe != source.nfe:
+            raise ValueError(
+                f"the schedule {source.name or 'in use'} has {source.nfe} network evaluations; "
+                f"num_inference_steps={nfe} was asked for: pass {source.nfe}, or use a recipe"
+            )
+        return source
+    if source.names_grid:
+        if config.get("use_dynamic_shifting") and mu is not None:
+            noise = NoiseSchedule.flow(dynamic_shift(config, mu))
+        return source.schedule(noise, nfe)
+    n, convention = source.macro_steps(noise, nfe), source.recipe.spacing
+    final = str(source.common["final"]) if "final" in source.given or source.recipe.final is not None else None
+    if source.common["shift"] is not None:
+        config = {**config, "shift": source.common["shift"]}
+    if given is None:
+        at = config_times(noise, config, n, convention=convention, final=final, mu=mu)
+    else:
+        at = _callers_times(noise, config, _resampled(given, n), timesteps is not None, convention, final, mu)
+    return source.schedule(noise, nfe, at=at)
+
+
+def _asked_for(
+    num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> tuple[int, list[float] | None]:
+    """The number of evaluations, and the caller's own times if any (without a last sigma of 0)."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("pass timesteps or sigmas, not both")
+    own = timesteps if timesteps is not None else sigmas
+    given = None if own is None else [float(value) for value in own]
+    if given and sigmas is not None and len(given) > 1 and given[-1] == 0.0:
+        given = given[:-1]
+    nfe = num_inference_steps if given is None else len(given)
+    if nfe is None:
+        raise ValueError("set_timesteps needs num_inference_steps, timesteps or sigmas")
+    if nfe < 1 or nfe != int(nfe):
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {nfe}")
+    nfe = int(nfe)
+    if given is not None and num_inference_steps not in (None, nfe):
+        raise ValueError(f"num_inference_steps is {num_inference_steps}, but {nfe} times were given")
+    return nfe, given
+
+
+def _resampled(values: list[float], n: int) -> list[float]:
+    """The caller's values at n places, for rules whose steps are not one per evaluation (Heun, analytic first step)."""
+    if n == len(values):
+        return values
+    if len(values) == 1:
+        raise ValueError(f"this schedule has {n} steps of its own in one evaluation; give no times, or more evaluations")
+    place = torch.linspace(0, len(values) - 1, n, dtype=torch.float64)
+    left = place.floor().long().clamp(max=len(values) - 2)
+    points = torch.tensor(values, dtype=torch.float64)
+    return (points[left] + (place - left) * (points[left + 1] - points[left])).tolist()
+
+
+def _callers_times(
+    noise: NoiseSchedule,
+    config: Mapping[str, Any],
+    values: list[float],
+    are_timesteps: bool,
+    convention: str,
+    final: str | None,
+    mu: float | None,
+) -> tuple[float, ...]:
+    if noise.family == "flow":
+        unshifted = [value / 1000.0 for value in values] if are_timesteps else values
+        return (*flow_times(config, len(values), mu, unshifted).tolist(), 0.0)
+    levels = torch.tensor(values, dtype=torch.float64)
+    t = noise.t_of_timestep(levels) if are_timesteps else noise.t_of_lam(-torch.log(levels))
+    return (*t.tolist(), end_time(noise, config, float(t[-1]), convention=convention, final=final))
