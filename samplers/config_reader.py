@@ -61,7 +61,8 @@ class ModelConfig:
         """The noise schedule of the family with the config's parameters."""
         get = self.values.get
         if self.family == "edm":
-            return NoiseSchedule.edm(_or(get("sigma_min"), 0.002), _or(get("sigma_max"), 80.0))
+            clock = str(get("clock") or "log")
+            return NoiseSchedule.edm(_or(get("sigma_min"), 0.002), _or(get("sigma_max"), 80.0), clock=clock)
         if self.family == "flow":
             return NoiseSchedule.flow(flow_shift_of(self.values))
         return NoiseSchedule.vp_discrete(alphas_cumprod_of(self.values))
@@ -106,8 +107,15 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     kind = check_parametrization(values.get("prediction_type") or default)
     if family == "flow" and "use_flow_sigmas" not in values and "family" not in values:
         kind = FLOW_PREDICTION
+    if family == "edm" and "clock" not in values and _is_cosine(name, values):
+        values["clock"] = "atan"
     sigma_data = _or(values.get("sigma_data"), 0.5) if family == "edm" else None
     return ModelConfig(family, kind, sigma_data, values)
+
+
+def _is_cosine(name: str, values: Mapping[str, Any]) -> bool:
+    """Stable Audio's scheduler: EDM preconditioning, but its networks are told arctan(sigma)."""
+    return name.startswith("Cosine") or ("solver_order" in values and "algorithm_type" not in values and "family" not in values)
 
 
 def _family(name: str, values: Mapping[str, Any]) -> str | None:
@@ -115,7 +123,7 @@ def _family(name: str, values: Mapping[str, Any]) -> str | None:
         return str(values["family"])
     if name.startswith(FLOW_CLASSES) or values.get("use_flow_sigmas") or values.get("prediction_type") == FLOW_PREDICTION:
         return "flow"
-    if name.startswith("EDM") or ("sigma_data" in values and "sigma_schedule" in values):
+    if name.startswith(("EDM", "Cosine")) or ("sigma_data" in values and "sigma_schedule" in values):
         return "edm"
     if VP_KEYS & set(values) or values.get("trained_betas") is not None:
         return "vp"

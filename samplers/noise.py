@@ -82,11 +82,17 @@ class NoiseSchedule:
         return cls("vp_discrete", 1.0, 1.0 / n, {"num_train_timesteps": n}, -0.5 * padded.log())
 
     @classmethod
-    def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
-        r"""Variance exploding in the frame of Karras et al. 2022 (arXiv:2206.00364): $\alpha = 1$, $\sigma = t$."""
+    def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, *, clock: str = "log") -> NoiseSchedule:
+        r"""Variance exploding in the frame of Karras et al. 2022 (arXiv:2206.00364): $\alpha = 1$, $\sigma = t$.
+
+        ``clock`` says what the network is told: "log" ($\log(\sigma)/4$) or "atan" ($\arctan(\sigma)\,2/\pi$, Stable Audio).
+        """
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"edm needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-        return cls("edm", float(sigma_max), float(sigma_min), {"sigma_min": float(sigma_min), "sigma_max": float(sigma_max)})
+        if clock not in ("log", "atan"):
+            raise ValueError(f"unknown clock {clock!r}; known: log, atan")
+        parameters = {"sigma_min": float(sigma_min), "sigma_max": float(sigma_max), "clock": clock}
+        return cls("edm", float(sigma_max), float(sigma_min), parameters)
 
     @classmethod
     def flow(cls, shift: float = 1.0) -> NoiseSchedule:
@@ -213,11 +219,11 @@ class NoiseSchedule:
     def timestep(self, t: Time) -> Tensor:
         r"""What diffusers networks are given as ``timestep`` at time t, float64.
 
-        VP: $t N - 1$ (N = 1000 for the continuous families); flow: $1000 t$; EDM: $\log(\sigma) / 4$.
+        VP: $t N - 1$ (N = 1000 for the continuous families); flow: $1000 t$; EDM: as its clock says.
         """
         t = self.clamp(t)
         if self.kind == "edm":
-            return 0.25 * torch.log(t)
+            return 0.25 * torch.log(t) if self.parameters["clock"] == "log" else torch.atan(t) * (2 / math.pi)
         if self.kind == "flow":
             return 1000.0 * t
         return t * self._training_steps - 1.0
@@ -226,7 +232,8 @@ class NoiseSchedule:
         """The inverse of `timestep`, float64."""
         timestep = as_float64(timestep)
         if self.kind == "edm":
-            return torch.exp(4.0 * timestep)
+            log = self.parameters["clock"] == "log"
+            return torch.exp(4.0 * timestep) if log else torch.tan(timestep * (math.pi / 2))
         if self.kind == "flow":
             return timestep / 1000.0
         return (timestep + 1.0) / self._training_steps

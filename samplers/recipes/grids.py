@@ -145,7 +145,9 @@ def uniform_lambda(noise: NoiseSchedule, n: int) -> Tensor:
 def quadratic(noise: NoiseSchedule, n: int) -> Tensor:
     r"""Uniform in $\sqrt t$: n + 1 points, the last left out (DDIM's quadratic steps, arXiv:2010.02502, appendix D.2)."""
     start, end = _ends(noise)
-    return _shifted(noise, torch.linspace(start**0.5, end**0.5, n + 1, dtype=torch.float64).square()[:-1])
+    t = torch.linspace(start**0.5, end**0.5, n + 1, dtype=torch.float64).square()[:-1]
+    t[0] = start
+    return _shifted(noise, t)
 
 
 def beta(noise: NoiseSchedule, n: int) -> Tensor:

@@ -3,9 +3,9 @@
 from diffusers import SchedulerMixin
 
 from .solver_scheduler import SolverScheduler, SolverSchedulerOutput
-from .swapping import swap
+from .swapping import export, swap
 
-__all__ = ["SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput", "swap"]
+__all__ = ["SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput", "export", "swap"]
 
 # Saved pipelines name this module, whatever file the class lives in.
 SolverScheduler.__module__ = __name__

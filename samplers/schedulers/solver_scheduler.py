@@ -76,6 +76,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         sigma_max: float | None = None,
         sigma_data: float | None = None,
         sigma_schedule: str = "karras",
+        clock: str = "log",
         rho: float = 7.0,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
@@ -108,7 +109,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             clip_sample, clip_sample_range: clamp x0, for recipes whose in-tree class does.
             thresholding, dynamic_thresholding_ratio, sample_max_value: likewise dynamic thresholding.
             variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
-            sigma_min, sigma_max, sigma_data, sigma_schedule: noise levels and preconditioning (edm).
+            sigma_min, sigma_max, sigma_data, sigma_schedule, clock: noise levels and preconditioning (edm).
             shift, shift_terminal: static time shift (flow).
             use_dynamic_shifting, time_shift_type: the pipeline passes ``mu`` (flow).
             base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines that compute ``mu``.

@@ -69,6 +69,8 @@ def split_config(config: Mapping[str, Any] | None, known: Set[str]) -> tuple[Mod
     raw |= {"family": model.family, "prediction_type": model.prediction_type}
     if model.family == "flow":
         raw["shift"] = flow_shift_of(raw)
+    if model.family == "edm":
+        raw["clock"] = model.values.get("clock", "log")
     mine = {key: value for key, value in raw.items() if key in known and not (value is None and key in _NEVER_NONE)}
     foreign = {key: value for key, value in raw.items() if key not in known}
     if "_class_name" in foreign:

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from ..strategy import SolverSchedule
 from .solver_scheduler import SolverScheduler
 
+OWN_FOLDER = "fewstep_scheduler"
+_FALLBACKS = {"vp": DPMSolverMultistepScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
 _INPUTS = ("hidden_states", "sample")  # the state's name among a denoiser's keyword arguments
 
 
@@ -43,6 +50,38 @@ def swap(
         pipe.scheduler = old
         if hook is not None:
             hook.remove()
+
+
+def export(pipe: DiffusionPipeline, path: str | Path) -> Path:
+    """Save ``pipe`` so that it loads without fewstep, and our scheduler beside it.
+
+    The folder's own scheduler is one of diffusers' for the same model; ``fewstep_scheduler`` holds ours, for
+    ``SolverScheduler.from_pretrained(path, subfolder="fewstep_scheduler")``. ``pipe`` is not changed.
+
+    Args:
+        pipe: a pipeline whose scheduler is a `SolverScheduler`.
+        path: folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the pipeline has another scheduler, or ``path`` is a file.
+    """
+    ours, path = pipe.scheduler, Path(path)
+    if not isinstance(ours, SolverScheduler):
+        raise ValueError(
+            f"export needs a pipeline with a SolverScheduler; this one has {type(ours).__name__}: use save_pretrained"
+        )
+    if path.is_file():
+        raise ValueError(f"{path} is a file; export writes a folder")
+    try:
+        pipe.scheduler = _FALLBACKS[ours.model_config.family].from_config(ours.config)
+        pipe.save_pretrained(path)
+    finally:
+        pipe.scheduler = ours
+    ours.save_pretrained(path / OWN_FOLDER)
+    return path
 
 
 def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> Any:

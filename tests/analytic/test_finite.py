@@ -35,6 +35,19 @@ TEXTS = [
     "deis:order=4,axis=t,lower_order_final=false",
     "deis:order=4,axis=sigma,lower_order_final=false",
     "ipndm:order=4",
+    "lms:order=4",
+    "heun",
+    "kdpm2",
+    "dpm:order=3,lower_order_final=false",
+    "dpmpp:order=3,method=singlestep,lower_order_final=false",
+    "sa_solver:order=3",
+    "dpmpp:order=3,tau=1",
+    "ddim:eta=1",
+    "euler_ancestral",
+    "ddpm",
+    "restart",
+    "lcm",
+    "tcd",
 ]
 LAW = GaussianMixture(torch.tensor([[1.0, -0.5], [-1.0, 0.5]]), torch.tensor([0.3, 0.1]))
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

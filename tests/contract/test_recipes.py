@@ -42,12 +42,16 @@ def test_the_network_is_called_exactly_nfe_times(text: str, noise: NoiseSchedule
 
         sample(counting, torch.ones(1, 2, dtype=torch.float64), schedule, noise, first_x0=LAW.mean)
         assert len(calls) == nfe == schedule.nfe
-        assert calls == sorted(calls, reverse=True)
+        jumps = any(step.eval.source == "none" for step in schedule.steps)
+        assert jumps or calls == sorted(calls, reverse=True)
 
 
-@ALL
-@pytest.mark.parametrize("grid", GRIDS)
-def test_grids_fall_from_the_start_to_the_end(noise: NoiseSchedule, grid: str) -> None:
+@pytest.mark.parametrize(
+    ("grid", "family"),
+    [(grid, family) for grid in GRIDS for family in NOISE if not grid.startswith("ays") or "vp" in family],
+)
+def test_grids_fall_from_the_start_to_the_end(grid: str, family: str) -> None:
+    noise = NOISE[family]
     for nfe in (1, 2, 3, 7, 12):
         zero, low = (recipe(f"ddim:grid={grid},final={final}", noise, nfe).times for final in ("zero", "sigma_min"))
         assert zero[-1] == 0.0
@@ -92,7 +96,7 @@ def test_karras_rho_and_an_explicit_grid() -> None:
     assert not parse_recipe("ddim:rho=5").names_grid
     given = parse_recipe("dpmpp").schedule(NOISE["flow"], 2, at=(0.9, 0.5, 0.1))
     assert given.times == (0.9, 0.5, 0.1)
-    with pytest.raises(ValueError, match="dpmpp with 2 evaluations has 2 steps and 3 times, got 2"):
+    with pytest.raises(ValueError, match="dpmpp with 2 evaluations has 3 grid times, got 2"):
         parse_recipe("dpmpp").schedule(NOISE["flow"], 2, at=(0.9, 0.5))
 
 
@@ -100,7 +104,8 @@ def test_karras_rho_and_an_explicit_grid() -> None:
 def test_aliases_are_their_text(alias: str, text: str) -> None:
     noise = NOISE["vp_linear"]
     assert recipe(alias, noise, 6) == recipe(text, noise, 6)
-    assert recipe(f"{alias}:grid=karras", noise, 6) == recipe(f"{text},grid=karras", noise, 6)
+    more = f"{text}{',' if ':' in text else ':'}grid=karras"
+    assert recipe(f"{alias}:grid=karras", noise, 6) == recipe(more, noise, 6)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -114,7 +119,7 @@ def test_every_recipe_describes_itself() -> None:
     for name, found in RECIPES.items():
         assert found.name == name
         assert found.summary.endswith((".", ":"))
-        assert found.order({**found.defaults}) >= 1
+        assert found.order({**found.defaults}) in (None, 1, 2, 3, 4)
         assert found.order_grid in ("any", "even-sigma")
 
 
@@ -124,11 +129,11 @@ def test_every_recipe_describes_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("unipcc", "unknown recipe 'unipcc'; known: ddim, euler, dpmpp, unipc, deis, ipndm"),
+        ("unipcc", "unknown recipe 'unipcc'; known: ddim, euler, .*dpmpp, unipc, deis, ipndm"),
         ("", "unknown recipe ''; known: ddim"),
         ("schedule.json", "unknown recipe 'schedule.json'; known"),
         ("unipc:oder=3", "recipe 'unipc' has no option 'oder'; known: order, variant, pred, .*grid, rho"),
-        ("ddim:order=2", "recipe 'ddim' has no option 'order'; known: grid"),
+        ("ddim:order=2", "recipe 'ddim' has no option 'order'; known: .*grid, rho"),
         ("ddim:order", "'order' is not of the form key=value"),
         ("ddim:grid=", "'grid=' is not of the form key=value"),
         ("unipc:order=five", "order='five' should be a whole number"),
@@ -137,7 +142,11 @@ def test_every_recipe_describes_itself() -> None:
         ("unipc:variant=bh3", "unipc: unknown variant 'bh3'; known: bh1, bh2"),
         ("unipc:pred=v", "unipc: unknown pred 'v'; known: x0, eps"),
         ("dpmpp:method=both", "dpmpp: unknown method 'both'; known: multistep, singlestep"),
-        ("dpmpp:order=3,method=singlestep", "order 3 is not available for method singlestep; known: 1..2"),
+        ("dpmpp:order=4", "dpmpp: order must be 1..3, got 4"),
+        ("dpmpp:method=singlestep,tau=1", "dpmpp: tau = 1.0 needs method multistep"),
+        ("ddim:eta=2", "eta must be in .0, 1., got 2"),
+        ("heun:order=3", "recipe 'heun' has no option 'order'; known: grid, rho"),
+        ("restart:low=0.5", "restart needs .* 0 < low < high"),
         ("dpmpp:solver_type=rk", "unknown solver_type 'rk'; known: midpoint, heun"),
         ("dpmpp:taylor=maybe", "taylor='maybe' should be true or false"),
         ("deis:axis=rho", "deis: unknown axis 'rho'; known: lambda, t, sigma"),

@@ -28,7 +28,7 @@ def _mapping(**changes) -> dict:
         ({"stpes": []}, "unknown field `stpes`"),
         ({"steps": [{"ordr": 1}, {}]}, r"unknown field `ordr` - at `\$.steps\[0\]`"),
         ({"steps": [{"corr": {"order": 2, "kind": 1}}, {}]}, r"unknown field `kind` - at `\$.steps\[0\].corr`"),
-        ({"steps": [{"eval": {"t_shift": 1}}, {}]}, r"unknown field `t_shift` - at `\$.steps\[0\].eval`"),
+        ({"steps": [{"eval": {"shift": 1}}, {}]}, r"unknown field `shift` - at `\$.steps\[0\].eval`"),
         ({"steps": [{}, {"delta": {"y": [1]}}]}, r"unknown field `y` - at `\$.steps\[1\].delta`"),
         ({"steps": [{"corr": {}}, {}]}, r"missing required field `order` - at `\$.steps\[0\].corr`"),
         ({"defaults": {"ordr": 2}}, "unknown field `ordr`"),

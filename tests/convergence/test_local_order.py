@@ -31,6 +31,7 @@ TEXTS = [
     "dpmpp:order=3",
     "dpmpp:order=3,taylor=true",
     "dpmpp:order=3,method=singlestep",
+    "dpmpp:order=3,method=singlestep,solver_type=heun",
     *(f"dpm:order={order},method={method}" for order, method in itertools.product((1, 2, 3), ("multistep", "singlestep"))),
     "ddim:eta=0",
     "euler_ancestral:eta=0",
@@ -43,7 +44,9 @@ TEXTS = [
     *(f"ipndm:order={order}" for order in (1, 2, 3, 4)),
 ]
 STOCHASTIC = ["ddpm", "restart", "lcm", "tcd"]  # no order of a deterministic kind is declared
-ANY_GRID = [text for text in TEXTS if not text.startswith("ipndm")]
+# Single-step orders of 3 need their inner nodes at thirds; "even" here is that.
+EVEN_ONLY = [text for text in TEXTS if "order=3,method=singlestep" in text]
+ANY_GRID = [text for text in TEXTS if not text.startswith("ipndm") and text not in EVEN_ONLY]
 BAND = 0.2
 
 
@@ -65,6 +68,13 @@ def test_a_recipe_for_any_grid_keeps_its_order_on_an_uneven_one(text: str) -> No
     steps, declared, grid = recipe_steps(text, NOISE["vp"])
     assert grid == "lambda"
     assert local_order(steps, NOISE["vp"], at=1.0, ratios=UNEVEN) == pytest.approx(declared, abs=BAND)
+
+
+@pytest.mark.parametrize("text", EVEN_ONLY)
+def test_third_order_single_steps_are_second_order_between_uneven_nodes(text: str) -> None:
+    steps, _, _ = recipe_steps(text, NOISE["vp"])
+    widths = [0.002 * 2 ** (k / 4) for k in range(7)]
+    assert local_order(steps, NOISE["vp"], ratios=UNEVEN, widths=widths) == pytest.approx(2, abs=BAND)
 
 
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
