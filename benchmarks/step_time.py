@@ -1,6 +1,6 @@
 """What a scheduler costs: `SolverScheduler.step` and `set_timesteps` next to diffusers' own, in one process.
 
-    python benchmarks/step_time.py                  the table, also written to benchmarks/results/step_time.md
+    python benchmarks/step_time.py                  the tables, also written to benchmarks/results/step_time.md and the README
     python benchmarks/step_time.py --check          exit code 1 when a target is missed
     python benchmarks/step_time.py --profile        where a step's time goes
 
@@ -37,6 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from samplers.schedulers import SolverScheduler
 
 RESULT = Path(__file__).parent / "results" / "step_time.md"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks/step_time.py -->\n", "<!-- end -->\n"  # around what the README shows of it
 SHAPES = ((4, 4, 8, 8), (1, 4, 64, 64), (4, 16, 128, 128))
 SMALL, MIDDLE, LARGE = SHAPES
 STEPS = 20
@@ -69,6 +71,7 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
 
     def verdict(self, what: str, value: float, limit: float, unit: str = "x") -> str:
         """The target, marked when it is missed."""
@@ -131,6 +134,7 @@ def time_steps(report: Report, repeats: int) -> None:
         "| solver | shape | diffusers, us | fewstep, us | ratio | target |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    report.summary += ["| solver | shape | diffusers, us | fewstep, us | ratio |", "| --- | --- | --- | --- | --- |"]
     bare_lines = []
     for contest in CONTESTS:
         for shape in SHAPES:
@@ -153,7 +157,9 @@ def time_steps(report: Report, repeats: int) -> None:
             if shape == SMALL:
                 target += ", " + report.verdict(what, 1e6 * statistics.median(times["ours"]), 60.0, "us")
             columns = [spread(times[key], 1e6) for key in ("theirs", "ours")]
-            report.lines.append(f"| {contest.title} | {shape} | {' | '.join(columns)} | {spread(ratios)} | {target} |")
+            row = f"| {contest.title} | {shape} | {' | '.join(columns)} | {spread(ratios)} |"
+            report.lines.append(f"{row} {target} |")
+            report.summary.append(row)
             if shape == LARGE:
                 verdict = report.verdict(f"{what}, to the bare weighted sum", statistics.median(to_bare), 2.0)
                 bare_lines.append(f"| {contest.title} | {spread(times['bare'], 1e6)} | {spread(to_bare)} | {verdict} |")
@@ -304,6 +310,15 @@ def check_compilation(report: Report) -> None:
 # ---- report ----------------------------------------------------------------------------------------------------------------
 
 
+def into_readme(report: Report) -> None:
+    """Put the table of steps between the README's marks."""
+    before, found, rest = README.read_text().partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise ValueError(f"{README.name} has no place for the table: {BEGIN.strip()} ... {END.strip()}")
+    README.write_text(f"{before}{BEGIN}" + "\n".join(report.summary) + f"\n{END}{after}")
+
+
 def header(repeats: int) -> Iterator[str]:
     """Title, versions and what the numbers mean."""
     yield "# Time of a scheduler step"
@@ -374,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if report.missed else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
+    if options.out == RESULT:
+        into_readme(report)
     return 0
 
 

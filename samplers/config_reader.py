@@ -166,7 +166,5 @@ def alphas_cumprod_of(values: Mapping[str, Any]) -> Tensor:
         root = bars.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         bars = root.square()
-        bars[-1] = 2**-24  # as in-tree; the steps before it may be lower still, which no grid can use
-        floor = 2**-24 * (1 + 1e-6 * torch.arange(len(bars) - 1, -1, -1, dtype=torch.float64))
-        bars = torch.maximum(bars.double(), floor)
+        bars[-1] = 0.0
     return bars

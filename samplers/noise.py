@@ -73,8 +73,10 @@ class NoiseSchedule:
         table = as_float64(alphas_cumprod).detach().cpu().clone()
         if table.ndim != 1 or len(table) < 1:
             raise ValueError(f"alphas_cumprod must have shape (N,), got {tuple(table.shape)}")
-        if table[-1] == 0:
-            table[-1] = 2.0**-24
+        if table.numel() and table[-1] == 0:
+            # Rescaled linear betas come below that value before the end, where no grid can use them: keep the order.
+            end = 2.0**-24 * (1 + 1e-6 * torch.arange(len(table) - 1, -1, -1, dtype=torch.float64))
+            table = torch.maximum(table, end)
         padded = torch.cat([torch.ones(1, dtype=torch.float64), table])
         if not bool((padded.diff() < 0).all() and (table > 0).all()):
             raise ValueError("alphas_cumprod must lie in (0, 1) and decrease strictly")

@@ -113,7 +113,7 @@ def sa_solver(
         noise = Noise(kind="tau", amount=tau) if tau and low <= place / top <= high else None
         p, c = min(order, i + 1), min(corrector, i + 2)
         if lower_order_final:
-            p, c = min(p, grid.n - i), min(c, grid.n - i)
+            p, c = min(p, grid.n - i), min(c, grid.n - i + 1)
         if i == grid.n - 1:
             p, c = (1 if grid.to_zero else p), 0
         corr = Corrector(order=c, relax=("bh1",) if c == 2 else ()) if c >= 2 else None

@@ -23,7 +23,8 @@ def dpmpp(
 ) -> tuple[StepStrategy, ...]:
     """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095): 2M, 3M, 2S, 3S, and the SDE variants of 2M and 3M.
 
-    One NFE a step; singlestep order p makes blocks of p steps, each restarting from its block's beginning. Multistep order 3
+    One NFE a step; singlestep order p makes blocks of p steps, each restarting from its block's beginning; order 3 is third
+    order on grids even in lambda, where its inner times are at thirds, and second order on others. Multistep order 3
     as published in code halves its second derivative, which leaves it second order; ``taylor=true`` does not halve and is
     third order.
 

@@ -178,7 +178,8 @@ def ays(noise: NoiseSchedule, n: int, *, table: str) -> Tensor:
     """
     if noise.family == "flow":
         raise ValueError(f"grid {table} belongs to variance preserving and EDM models; this one is a flow model")
-    logs = torch.tensor(AYS_LEVELS[table], dtype=torch.float64).log()
+    top = max(noise.lam(noise.t_max).neg().item(), LAMBDA_START)
+    logs = torch.tensor([top, *(log for level in AYS_LEVELS[table][1:] if (log := math.log(level)) < top)], dtype=torch.float64)
     place = torch.linspace(0, len(logs) - 1, n + 1, dtype=torch.float64)[:-1]
     left = place.floor().long().clamp(max=len(logs) - 2)
     t = noise.t_of_lam(-(logs[left] + (place - left) * (logs[left + 1] - logs[left])))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import torch
 
 from ..noise import NoiseSchedule
 from ..strategy import Corrector, Evaluation, Relax, Residual, SolverSchedule, StepStrategy
 
-RELAXATIONS = ("half", "bh1", "bh2", "exp+", "exp-")
+RELAXATIONS: tuple[Relax, ...] = ("half", "bh1", "bh2", "exp+", "exp-")
+Form = Literal["x0", "eps"]
+FORMS: tuple[Form, ...] = ("x0", "eps")
+Pred = Form | tuple[float, float]
+Axis = Literal["lambda", "sigma", "t", "index"]
+AXES: tuple[Axis, ...] = ("lambda", "lambda", "sigma", "t", "index")  # lambda twice as often
 LAMBDA_RANGE = (-4.0, 4.0)
 
 
@@ -79,8 +85,8 @@ def _step(rng: random.Random, i: int, *, last: bool, to_zero: bool, no_signal: b
     start = rng.randint(first, i) if rng.random() < 0.25 else i
     from_no_signal = no_signal and start == 0
     pool = [node for node in range(first, i + 1) if node != start]
-    pred = (rng.uniform(0.0, 1.5), rng.uniform(-1.0, 0.5)) if pair else rng.choice(("x0", "eps"))
-    axis = "lambda" if pair else rng.choice(("lambda", "lambda", "sigma", "t", "index"))
+    pred: Pred = (rng.uniform(0.0, 1.5), rng.uniform(-1.0, 0.5)) if pair else rng.choice(FORMS)
+    axis: Axis = "lambda" if pair else rng.choice(AXES)
     flat = (ends_at_zero and pred != "eps") or (from_no_signal and axis == "index" and pred == "eps")
     order = 1 if flat else rng.randint(1, min(4, len(pool) + 1))
     nodes, d_nodes, relax = _derivatives(rng, order, pool, i, finite=not ends_at_zero, explicit=bool(first))
@@ -125,6 +131,6 @@ def _derivatives(
         d_nodes.append(rng.choice((None, rng.randint(k, 4), some(k))))
     relax: list[Relax] = []
     for _ in range(rng.randint(0, order - 1)):
-        choices: tuple[Relax, ...] = (None, rng.uniform(-0.3, 0.3), rng.choice(RELAXATIONS))  # type: ignore[assignment]
+        choices: tuple[Relax, ...] = (None, rng.uniform(-0.3, 0.3), rng.choice(RELAXATIONS))
         relax.append(rng.choice(choices if finite else (None, "half")))
     return nodes, tuple(d_nodes), tuple(relax)

@@ -35,19 +35,12 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @dataclass
 class Tiny:
-    """A pipeline with what is needed to call, count, save and reload it.
-
-    Attributes:
-        pipe: the pipeline.
-        inputs: arguments of a call, besides the number of steps and the generator.
-        rows: batch of one network call for `BATCH` images (guidance doubles it).
-        absent: components that are None and must be passed as such to ``from_pretrained``.
-    """
+    """A pipeline with what is needed to call, count, save and reload it."""
 
     pipe: DiffusionPipeline
-    inputs: dict[str, Any]
-    rows: int = 2 * BATCH
-    absent: tuple[str, ...] = ()
+    inputs: dict[str, Any]  # of a call, besides the number of steps and the generator
+    rows: int = 2 * BATCH  # of one network call for `BATCH` images: guidance doubles them
+    absent: tuple[str, ...] = ()  # components that must be passed to ``from_pretrained`` as None
 
     def __post_init__(self) -> None:
         self.pipe.set_progress_bar_config(disable=True)
@@ -64,34 +57,33 @@ class Tiny:
         return torch.as_tensor(out)
 
     @contextmanager
+    def hooked(self, after: Callable[..., Any]) -> Iterator[None]:
+        """``after(module, args, kwargs, output)`` follows every network call inside."""
+        hook = self.denoiser.register_forward_hook(after, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
     def counting(self) -> Iterator[list[int]]:
         """The batch of every network call made inside."""
         batches: list[int] = []
-
-        def after(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            batches.append(len(_answer(output)))
-
-        hook = self.denoiser.register_forward_hook(after, with_kwargs=True)
-        try:
+        with self.hooked(lambda module, args, kwargs, output: batches.append(len(_answer(output)))):
             yield batches
-        finally:
-            hook.remove()
 
     @contextmanager
     def failing_at(self, call: int) -> Iterator[None]:
         """The network raises at that call, counted from 0."""
         made: list[int] = []
 
-        def after(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        def after(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             made.append(len(made))
             if made[-1] == call:
                 raise RuntimeError("on purpose")
 
-        hook = self.denoiser.register_forward_hook(after)
-        try:
+        with self.hooked(after):
             yield
-        finally:
-            hook.remove()
 
     @contextmanager
     def first_answer_is_the_input(self) -> Iterator[None]:
@@ -106,11 +98,8 @@ class Tiny:
             noise = torch.cat([given] * (answer.shape[1] // given.shape[1]), dim=1)  # learned variances: any
             return (noise,) if isinstance(output, tuple) else type(output)(sample=noise)
 
-        hook = self.denoiser.register_forward_hook(after, with_kwargs=True)
-        try:
+        with self.hooked(after):
             yield
-        finally:
-            hook.remove()
 
 
 def _answer(output: Any) -> Tensor:

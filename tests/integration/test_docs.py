@@ -100,6 +100,14 @@ def test_the_readme_has_the_numbers_of_the_demo() -> None:
     }
 
 
+def test_the_readme_has_the_numbers_of_the_benchmark() -> None:
+    shown = README.partition("<!-- benchmarks/step_time.py -->")[2].partition("<!-- end -->")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("|") and "(" in line]
+    results = (ROOT / "benchmarks" / "results" / "step_time.md").read_text()
+    assert len(rows) == 6
+    assert not [row for row in rows if row not in results]
+
+
 @pytest.mark.slow
 def test_the_numbers_of_the_demo_are_reproduced() -> None:
     pipe, nfe, images = evaluation.load_pipeline(DEMO["model"], offline=True), CONFIG["nfe"][0], range(DEMO["images"])

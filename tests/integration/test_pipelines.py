@@ -42,7 +42,7 @@ def test_evaluations_are_counted_and_runs_repeat(name: str, recipe: str, build: 
 
 
 @every_pipeline
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["ddim", "unipc:order=3"])
 def test_swap_is_from_config_for_a_while(name: str, recipe: str, build: Callable[[str], Any]) -> None:
     tiny = build(name)
     old, before = tiny.pipe.scheduler, tiny(4)
