@@ -6,13 +6,15 @@
 
 Every time is CPU time of one thread, per step, from a whole run of 20 steps with the network left out. The contestants take
 turns within a repeat, and a ratio is the median over repeats of the ratio within a repeat, so that a slow moment of the
-machine hits both. Brackets hold the quartiles.
+machine hits both. Brackets hold the quartiles. Under glibc freed memory stays with the process, so that page faults, whose
+number depends on what else was freed before, are in nobody's time.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import os
 import platform
 import pstats
@@ -20,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,25 @@ class Report:
 # ---- timing --------------------------------------------------------------------------------------------------------------
 
 
-def run_once(scheduler: Any, output: Tensor, x: Tensor) -> float:
-    """Seconds per step of a whole run, without `set_timesteps`."""
-    scheduler.set_timesteps(STEPS)
+def prepared(scheduler: Any, steps: int = STEPS) -> list[Tensor]:
+    """The timesteps of a new run."""
+    scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
-    timesteps = list(scheduler.timesteps)
-    start = time.process_time()
+    return list(scheduler.timesteps)
+
+
+def run(scheduler: Any, timesteps: Sequence[Tensor], output: Tensor, x: Tensor) -> Tensor:
+    """A run whose network always answers the same."""
     for t in timesteps:
         x = scheduler.step(output, t, x, return_dict=False)[0]
+    return x
+
+
+def run_once(scheduler: Any, output: Tensor, x: Tensor) -> float:
+    """Seconds per step of a whole run, without `set_timesteps`."""
+    timesteps = prepared(scheduler)
+    start = time.process_time()
+    run(scheduler, timesteps, output, x)
     return (time.process_time() - start) / len(timesteps)
 
 
@@ -223,12 +235,11 @@ def compile_run(scheduler: Any, steps: int = 10, shape: tuple[int, ...] = SMALL)
         graphs += 1
         return module.forward
 
-    scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(0)
+    timesteps = prepared(scheduler, steps)
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
         step = torch.compile(scheduler.step, backend=backend)
         x, output = torch.ones(shape), torch.ones(shape)
-        for t in scheduler.timesteps:
+        for t in timesteps:
             x = step(output, t, x, return_dict=False)[0]
     reasons = dict(counters["graph_break"])
     torch._dynamo.reset()
@@ -250,26 +261,19 @@ class SyncCounter(TorchDispatchMode):
 
 def count_syncs(scheduler: Any, steps: int = 10) -> int:
     """Synchronising operators in the steps of a run."""
-    scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(0)
-    x, output = torch.ones(SMALL), torch.ones(SMALL)
+    timesteps = prepared(scheduler, steps)
     with SyncCounter() as counter:
-        for t in scheduler.timesteps:
-            x = scheduler.step(output, t, x, return_dict=False)[0]
+        run(scheduler, timesteps, torch.ones(SMALL), torch.ones(SMALL))
     return len(counter.seen)
 
 
 def runs_without_data(scheduler: Any, steps: int = 10) -> bool:
     """Whether a run works on tensors that have a shape and no values, which nothing can be read from."""
-    scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(0)
-    x, output = (torch.ones(SMALL, device="meta") for _ in range(2))
+    x = torch.ones(SMALL, device="meta")
     try:
-        for t in scheduler.timesteps:
-            x = scheduler.step(output, t, x, return_dict=False)[0]
+        return run(scheduler, prepared(scheduler, steps), x, x).is_meta
     except (RuntimeError, NotImplementedError):
         return False
-    return x.is_meta
 
 
 def check_compilation(report: Report) -> None:
@@ -326,6 +330,7 @@ def header(repeats: int) -> Iterator[str]:
     yield "Written by `python benchmarks/step_time.py`. CPU time of one thread, float32, the network left out; per step of a"
     yield "20-step run."
     yield f"Median [quartiles] of {repeats} repeats, in which the contestants take turns; ratios are taken within a repeat."
+    yield "Freed memory stays with the process (glibc), so page faults are in nobody's time."
     yield ""
     yield (
         f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}, "
@@ -342,26 +347,18 @@ def profile() -> None:
         run_once(scheduler, output, x)
         recorder = cProfile.Profile()
         for _ in range(50):
-            scheduler.set_timesteps(STEPS)
-            scheduler.set_begin_index(0)
-            state = x
-            recorder.enable()
-            for t in scheduler.timesteps:
-                state = scheduler.step(output, t, state, return_dict=False)[0]
-            recorder.disable()
+            timesteps = prepared(scheduler)
+            recorder.runcall(run, scheduler, timesteps, output, x)
         print(contest.recipe)
         pstats.Stats(recorder).sort_stats("tottime").print_stats(16)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Everything inside runs on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def keep_freed_memory() -> None:
+    """Tell glibc neither to map large tensors one by one nor to hand freed memory back."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim, mmap, never = ctypes.CDLL(None), -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(trim, never)
+        libc.mallopt(mmap, 2**25)  # the highest value it takes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,7 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.repeats < 3:
         parser.error("--repeats must be at least 3")
-    with one_thread(), torch.no_grad():
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    with torch.no_grad():
         if options.profile:
             profile()
             return 0

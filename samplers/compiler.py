@@ -62,6 +62,7 @@ class Compiler:
         staged: list[tuple[Query, list[Row]]] = []
         rows = opening
         corrected: dict[int, str] = {}
+        increment: Terms = {}
         for i, step in enumerate(self.schedule.steps):
             node = self.nodes[i]
             node.state = corrected[i] = f"x{i}"
@@ -78,7 +79,7 @@ class Compiler:
             if previous is not None and previous.corr is not None:
                 # The caller may have edited the predicted state, so the corrected one is that state plus a difference.
                 change = self._increment(i - 1, previous, self.schedule.corrector_stencil(i - 1))
-                add(change, -1.0, self._increment(i - 1, previous, self.schedule.stencil(i - 1)))
+                add(change, -1.0, increment)  # of the predictor, from the step before
                 corrected[i] = f"c{i}"
                 rows.append(row(f"c{i}", {f"x{i}": 1.0}, change))
                 if previous.corr.reeval:
@@ -87,7 +88,8 @@ class Compiler:
                     node.state, node.x0, node.raw = f"c{i}", {f"e{i}": 1.0}, None
             stencil = self.schedule.stencil(i)
             terms = self._first_order(i, step, stencil.start, corrected[stencil.start])
-            add(terms, 1.0, self._increment(i, step, stencil))
+            increment = self._increment(i, step, stencil)
+            add(terms, 1.0, increment)
             if step.delta is not None:
                 for j, value in enumerate(step.delta.x):
                     add(terms, value, {self.nodes[j].state: 1.0})
@@ -218,7 +220,11 @@ class Compiler:
 
     def _axis(self, n: int, step: StepStrategy) -> Scalar:
         node = self.nodes[n]
-        return {"lambda": node.lam, "sigma": exp(-node.lam), "t": node.t, "index": float(n)}[step.axis]
+        if step.axis == "lambda":
+            return node.lam
+        if step.axis == "sigma":
+            return exp(-node.lam)
+        return node.t if step.axis == "t" else float(n)
 
     def _prediction(self, n: int, start: int, step: StepStrategy) -> Terms:
         """What the step expands, at node n: x0, eps, or the (l, r) mixture relative to the start."""

@@ -166,5 +166,5 @@ def alphas_cumprod_of(values: Mapping[str, Any]) -> Tensor:
         root = bars.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         bars = root.square()
-        bars[-1] = 0.0
+        bars[-1] = 2**-24  # as in-tree
     return bars

@@ -73,7 +73,7 @@ class NoiseSchedule:
         table = as_float64(alphas_cumprod).detach().cpu().clone()
         if table.ndim != 1 or len(table) < 1:
             raise ValueError(f"alphas_cumprod must have shape (N,), got {tuple(table.shape)}")
-        if table.numel() and table[-1] == 0:
+        if table.numel() and table[-1] in (0.0, 2.0**-24):
             # Rescaled linear betas come below that value before the end, where no grid can use them: keep the order.
             end = 2.0**-24 * (1 + 1e-6 * torch.arange(len(table) - 1, -1, -1, dtype=torch.float64))
             table = torch.maximum(table, end)

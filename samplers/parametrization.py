@@ -92,5 +92,5 @@ def weighted_sum(terms: list[tuple[Scalar, Tensor]]) -> Tensor:
     scale, x = terms[0]
     total = x * scale
     for scale, x in terms[1:]:
-        total = total + x * scale if torch.is_tensor(scale) else torch.add(total, x, alpha=scale)
+        total = total + x * scale if torch.is_tensor(scale) else total.add_(x, alpha=scale)
     return total

@@ -37,16 +37,19 @@ def is_zero(value: Scalar) -> bool:
     return bool(value == 0)
 
 
+_INVERSE_FACTORIALS = [1.0 / math.factorial(n) for n in range(32)]
+
+
 def phi(k: int, z: Scalar) -> Scalar:
     r"""$\varphi_k(z) = \sum_{j \ge 0} z^j / (j + k)!$: $\varphi_1 = (e^z - 1)/z$, $\varphi_{k+1} = (\varphi_k - 1/k!)/z$."""
     if abs(float(z.detach()) if torch.is_tensor(z) else z) < 1.0:
         total: Scalar = 0.0
         for j in range(18, -1, -1):
-            total = total * z + 1.0 / math.factorial(j + k)
+            total = total * z + _INVERSE_FACTORIALS[j + k]
         return total
     value = (exp(z) - 1.0) / z
     for j in range(1, k):
-        value = (value - 1.0 / math.factorial(j)) / z
+        value = (value - _INVERSE_FACTORIALS[j]) / z
     return value
 
 
@@ -61,6 +64,8 @@ def derivative_weights(delta: list[Scalar], k: int) -> list[Scalar]:
     They solve $\sum_j w_j \delta_j^i / i! = 1[i = k]$, i = 1..m: the k-th derivative at s of the polynomial through s
     and the nodes, read off the Lagrange basis.
     """
+    if len(delta) == 1:
+        return [1.0 / delta[0]]
     weights = []
     for j, at in enumerate(delta):
         coefficients: list[Scalar] = [1.0]  # of the product over the other nodes, constant term first

@@ -69,12 +69,13 @@ def schedule_figure(schedules: Sequence[SolverSchedule], noise: NoiseSchedule, p
         for i, step in enumerate(schedule.steps):
             colour = "tab:blue" if step.pred == "x0" else "tab:orange"
             edge = "black" if step.corr is not None else colour
-            axis.scatter(lam[i], y, color=colour, edgecolors=edge, s=60)
+            fill = colour if step.eval.source == "model" else "white"
+            axis.scatter(lam[i], y, color=fill, edgecolors=edge, s=60)
             axis.annotate(str(step.order), (lam[i], y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         axis.scatter(lam[-1], y, marker="|", color="black", s=120)
     axis.set_yticks(range(len(schedules)), [s.name or "schedule" for s in schedules])
     axis.set_ylim(-0.6, len(schedules) - 0.2)
-    axis.set_xlabel("lambda = log(alpha / sigma); blue x0, orange eps; ring: corrected; number: order")
+    axis.set_xlabel("lambda = log(alpha / sigma); blue x0, orange eps; ring: corrected; hollow: no evaluation; number: order")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

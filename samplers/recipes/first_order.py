@@ -36,7 +36,7 @@ def euler(grid: TimeGrid) -> tuple[StepStrategy, ...]:
 
 
 def euler_ancestral(grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0) -> tuple[StepStrategy, ...]:
-    """Ancestral Euler: an Euler step to a lower noise level, then noise up to the target (k-diffusion's euler_ancestral).
+    """Ancestral Euler (k-diffusion; the law of DDIM's eta, arXiv:2010.02502): Euler to a lower level, then noise up.
 
     Weak order 1, one NFE a step. The law of DDIM with the same eta.
 
@@ -45,7 +45,8 @@ def euler_ancestral(grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0) -
         eta: share of the ancestral noise, in [0, 1].
         s_noise: multiplies the noise.
     """
-    return (StepStrategy(order=1, noise=Noise(kind="eta", amount=eta, scale=s_noise)),) * grid.n
+    noise = Noise(kind="eta", amount=eta, scale=s_noise) if eta else None
+    return (StepStrategy(order=1, noise=noise),) * grid.n
 
 
 def ddpm(grid: TimeGrid) -> tuple[StepStrategy, ...]:

@@ -104,12 +104,18 @@ def leading(noise: NoiseSchedule, n: int) -> Tensor:
     return _shifted(noise, end + steps * (start / (n + 1))).clamp(max=start)
 
 
+def _lambda_start(noise: NoiseSchedule) -> float:
+    """Where grids in lambda begin; EDM models may start as noisy as they like, since their alpha is 1."""
+    low = noise.lam(noise.t_max).item()
+    return low if noise.family == "edm" else max(low, LAMBDA_START)
+
+
 def _level(noise: NoiseSchedule) -> tuple[float, float]:
     """sigma / alpha at the noisy and the clean end of the grids below; sigma itself for flow."""
     if noise.family == "flow":
         return noise.t_max, noise.t_min
-    low, high = noise.lam(noise.t_max).item(), noise.lam(noise.t_min).item()
-    return float(torch.exp(-torch.tensor(max(low, LAMBDA_START), dtype=torch.float64))), float(
+    low, high = _lambda_start(noise), noise.lam(noise.t_min).item()
+    return float(torch.exp(-torch.tensor(low, dtype=torch.float64))), float(
         torch.exp(-torch.tensor(high, dtype=torch.float64))
     )
 
@@ -136,7 +142,7 @@ def exponential(noise: NoiseSchedule, n: int) -> Tensor:
 
 def uniform_lambda(noise: NoiseSchedule, n: int) -> Tensor:
     r"""Uniform in $\lambda$: n + 1 points from t_max to t_min, the last left out (arXiv:2206.00927)."""
-    low, high = max(noise.lam(noise.t_max).item(), LAMBDA_START), noise.lam(noise.t_min).item()
+    low, high = _lambda_start(noise), noise.lam(noise.t_min).item()
     t = noise.t_of_lam(torch.linspace(low, high, n + 1, dtype=torch.float64)[:-1])
     t[0] = noise.t_max
     return t
@@ -178,7 +184,7 @@ def ays(noise: NoiseSchedule, n: int, *, table: str) -> Tensor:
     """
     if noise.family == "flow":
         raise ValueError(f"grid {table} belongs to variance preserving and EDM models; this one is a flow model")
-    top = max(noise.lam(noise.t_max).neg().item(), LAMBDA_START)
+    top = -_lambda_start(noise)
     logs = torch.tensor([top, *(log for level in AYS_LEVELS[table][1:] if (log := math.log(level)) < top)], dtype=torch.float64)
     place = torch.linspace(0, len(logs) - 1, n + 1, dtype=torch.float64)[:-1]
     left = place.floor().long().clamp(max=len(logs) - 2)

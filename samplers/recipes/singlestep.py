@@ -41,7 +41,7 @@ def midpoint_per_step(noise: NoiseSchedule, nfe: int, options: Mapping[str, Any]
 
 
 def kdpm2(grid: TimeGrid) -> tuple[StepStrategy, ...]:
-    r"""DPM-Solver-2 at the midpoint in $\log(\sigma/\alpha)$ (Karras et al. 2022, appendix; k-diffusion's dpm_2).
+    r"""DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) as k-diffusion's dpm_2: midpoint in $\log(\sigma/\alpha)$.
 
     Order 2, two NFE a step: an Euler step to the middle, then the whole step with the middle's noise prediction alone. The
     step to sigma = 0, and with an even NFE the one before it, is Euler; so is a step from alpha = 0.

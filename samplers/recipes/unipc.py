@@ -15,11 +15,11 @@ def unipc(
     corrector: bool = True,
     lower_order_final: bool = True,
 ) -> tuple[StepStrategy, ...]:
-    """UniPC of the given order, one NFE a step.
+    """UniPC (Zhao et al. 2023, arXiv:2302.04867): a multistep predictor and a corrector that costs no evaluation.
 
-    The predictor of order p is the Taylor step of order p; each predicted state is corrected by the step of order p + 1 that
-    includes the new answer, except the last, whose answer would cost an evaluation. B(h) cancels from order 3 (corrector: 2)
-    on, so ``variant`` only changes the low orders.
+    One NFE a step. The predictor of order p is the Taylor step of order p; each predicted state is corrected by the step
+    of order p + 1 that includes the new answer, except the last, whose answer would cost an evaluation. B(h) cancels from
+    order 3 (corrector: 2) on, so ``variant`` only changes the low orders.
 
     Args:
         grid: the times.

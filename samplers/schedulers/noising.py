@@ -27,8 +27,8 @@ def noise_like(
     Raises:
         ValueError: a list of generators of another length than the batch.
     """
-    if isinstance(generator, list) and len(generator) == 1 and len(x) != 1:
-        raise ValueError(f"a list of 1 generator was given for a batch of {len(x)}; pass one per image, or none in a list")
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators in a list for a batch of {len(x)}; pass one per image, or one alone")
     if generator is None and seed is not None:
         generator = [_generator(seed, step, b) for b in range(len(x))]
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import fewstep
 import pytest
 from PIL import Image
 
+import fewstep
 from samplers import NoiseSchedule, recipe
 
 COMMAND = [sys.executable, "-m", "fewstep"]
@@ -47,6 +47,7 @@ def test_sample_writes_images_a_grid_and_a_record(tmp_path: Path) -> None:
     assert size(out / "grid.png")[0] > 100
 
 
+@pytest.mark.slow
 def test_images_depend_on_their_seed_and_not_on_the_batch(tmp_path: Path) -> None:
     common = ("sample", "--sampler", "ddim", "--nfe", 3, "--num", 6, "--class-labels", "4,7")
     run(*common, "--batch-size", 6, "--out", tmp_path / "a")
@@ -56,6 +57,7 @@ def test_images_depend_on_their_seed_and_not_on_the_batch(tmp_path: Path) -> Non
         assert max(abs(p - q) for p, q in zip(a, b, strict=True)) <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_completed_and_another_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "images"
     args = [*COMMAND, *map(str, ("sample", "--sampler", "ddim", "--nfe", 20, "--num", 60, "--batch-size", 2, "--out", out))]
