@@ -115,9 +115,7 @@ def _level(noise: NoiseSchedule) -> tuple[float, float]:
     if noise.family == "flow":
         return noise.t_max, noise.t_min
     low, high = _lambda_start(noise), noise.lam(noise.t_min).item()
-    return float(torch.exp(-torch.tensor(low, dtype=torch.float64))), float(
-        torch.exp(-torch.tensor(high, dtype=torch.float64))
-    )
+    return float(torch.exp(-torch.tensor(low, dtype=torch.float64))), float(torch.exp(-torch.tensor(high, dtype=torch.float64)))
 
 
 def _t_of_level(noise: NoiseSchedule, level: Tensor) -> Tensor:

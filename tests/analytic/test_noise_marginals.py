@@ -65,6 +65,7 @@ def test_the_sde_keeps_the_marginals(text: str, tau: float, chain: Any) -> None:
         ("dpmpp:order=2,solver_type=heun", 0.5, 2),
         ("dpmpp:order=2", 0.0, 2),
         ("sa_solver:order=2,corrector=0,low=0,high=1", 1.0, 2),
+        ("sa_solver:order=2,low=0,high=1", 1.0, 2),
     ],
 )
 def test_weak_order(text: str, tau: float, order: int, chain: Any) -> None:
