@@ -87,8 +87,8 @@ def sa_solver(
 ) -> tuple[StepStrategy, ...]:
     r"""SA-Solver (Xue et al. 2023, arXiv:2309.05019): stochastic Adams predictor and corrector on the x0-prediction.
 
-    Order ``order`` for tau = 0, weak order 1 otherwise as the step grows; one NFE a step. Order-2 steps use h^2 / 2 as
-    coefficient, as the published code does.
+    Order ``order`` for tau = 0; one NFE a step. Order-2 steps use h^2 / 2 as coefficient and the run ends at sigma_min, as in
+    the published code.
 
     Args:
         grid: the times.

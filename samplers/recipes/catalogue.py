@@ -149,6 +149,7 @@ RECIPES = {
         Recipe(
             "sa_solver",
             sa_solver,
+            final="sigma_min",
             honours=("thresholding",),
             order=lambda o: None if o["tau"] else int(o["order"]),
             known_as=_known("SASolverScheduler", "", "sa_solver"),
