@@ -62,14 +62,16 @@ def test_wheel_installs_only_our_names(names: set[str]) -> None:
 def test_wheel_ships_whole_packages(names: set[str], package: str) -> None:
     assert f"{package}/py.typed" in names
     shipped = {name for name in names if name.startswith(f"{package}/")}
-    assert {name for name in shipped if "configs" not in name} == source_files(package)
+    assert {name for name in shipped if not name.startswith("samplers/configs/")} == source_files(package)
     assert not {"tests", "benchmarks", "notebooks", "docs"} & {part for name in shipped for part in name.split("/")}
 
 
 @pytest.mark.slow
-def test_wheel_ships_found_schedules(names: set[str]) -> None:
-    found = {f"samplers/configs/{path.name}" for path in (ROOT / "configs" / "schedules").glob("*.json")}
-    assert {name for name in names if "configs" in name} == found
+def test_wheel_ships_configs(names: set[str]) -> None:
+    root = ROOT / "configs"
+    found = {f"samplers/configs/{path.relative_to(root).as_posix()}" for path in root.rglob("*.json")}
+    assert "samplers/configs/demo.json" in found
+    assert {name for name in names if name.startswith("samplers/configs/")} == found
 
 
 @pytest.mark.slow
