@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..strategy import Corrector, Noise, StepStrategy
-from .dpmpp import SHORT
+from .dpmpp import multistep_orders
 from .grids import TimeGrid
 
 
@@ -26,16 +26,8 @@ def deis(grid: TimeGrid, *, order: int = 2, axis: str = "lambda", lower_order_fi
         raise ValueError(f"deis: order must be 1..4, got {order}")
     if axis not in ("lambda", "t", "sigma"):
         raise ValueError(f"deis: unknown axis {axis!r}; known: lambda, t, sigma")
-    lowered = lower_order_final and grid.n < SHORT
-    steps = []
-    for i in range(grid.n):
-        p = min(order, i + 1)
-        if i == grid.n - 1 and (grid.to_zero or lowered):
-            p = 1
-        elif i == grid.n - 2 and lowered:
-            p = min(p, 2)
-        steps.append(StepStrategy(order=p, pred="eps", axis=axis))  # type: ignore[arg-type]  # checked above
-    return tuple(steps)
+    orders = multistep_orders(grid, order, lower_order_final)
+    return tuple(StepStrategy(order=p, pred="eps", axis=axis) for p in orders)  # type: ignore[arg-type]  # checked above
 
 
 def ipndm(grid: TimeGrid, *, order: int = 4) -> tuple[StepStrategy, ...]:

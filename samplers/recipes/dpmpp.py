@@ -86,16 +86,19 @@ def taylor_steps(
         block = [first, StepStrategy(order=2, pred=pred, start=-2, relax=(relax,)), _third(pred, solver_type)]
         return tuple(block[p - 1] for p in _blocks(grid, order, lower_order_final, pred == "eps"))
     third = StepStrategy(order=3, pred=pred, relax=() if taylor else (None, second), noise=noise)
+    rules = (first, middle, third)
+    return tuple(rules[p - 1] for p in multistep_orders(grid, order, lower_order_final))
+
+
+def multistep_orders(grid: TimeGrid, order: int, lower_order_final: bool) -> list[int]:
+    """Orders that warm up with the history and, in short runs, fall again: 1 in the last step, at most 2 before it."""
+    orders = [min(order, i + 1) for i in range(grid.n)]
     lowered = lower_order_final and grid.n < SHORT
-    out = []
-    for i in range(grid.n):
-        here = min(order, i + 1)
-        if i == grid.n - 1 and (grid.to_zero or lowered):
-            here = 1
-        elif i == grid.n - 2 and lowered:
-            here = min(here, 2)
-        out.append((first, middle, third)[here - 1])
-    return tuple(out)
+    if lowered and grid.n > 1:
+        orders[-2] = min(orders[-2], 2)
+    if lowered or grid.to_zero:
+        orders[-1] = 1
+    return orders
 
 
 def _third(pred: Literal["x0", "eps"], solver_type: str) -> StepStrategy:
