@@ -293,6 +293,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SolverSchedulerOutput | tuple[Tensor, Tensor]:
         """Take the network's output at ``timestep`` and return the next state to evaluate it at.
 
@@ -302,11 +304,15 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             sample: (B, *E), the state the output belongs to; edits made since the last step are honoured.
             generator: noise source of stochastic schedules.
             return_dict: a `SolverSchedulerOutput`, or a tuple of the same.
+            eta: DDIM pipelines pass it; only 0, since noise is the recipe's.
+            use_clipped_model_output: likewise; only None or False.
 
         Raises:
             RuntimeError: before `set_timesteps`, or after the last step.
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or other values of the last two.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError("eta and use_clipped_model_output do nothing here: choose noise in the recipe, as in 'ddim:eta=1'")
         if self.tableau is None:
             raise RuntimeError("call set_timesteps before step")
         if self._engine is None:

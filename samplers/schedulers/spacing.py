@@ -116,8 +116,8 @@ def flow_times(config: Mapping[str, Any], n: int, mu: float | None, sigmas: Sequ
     """n evaluation times of a flow model, shifted as its config says.
 
     Without ``sigmas`` the unshifted times are those of the config's class: flow-match schedulers run linearly between the
-    shifted ends of the training range, which shifts the low end twice (diffusers issue 13243); DPM-Solver-like ones stop
-    one step short of 1 / num_train_timesteps.
+    shifted ends of the training range, which shifts the low end twice (diffusers issue 13243); UniPC and the DPM-Solver-like
+    ones stop one step short of the clean end.
 
     Args:
         config: the scheduler's config.
@@ -134,8 +134,10 @@ def flow_times(config: Mapping[str, Any], n: int, mu: float | None, sigmas: Sequ
         raise ValueError("this model's config uses dynamic shifting: pass mu to set_timesteps, as its pipeline does")
     if sigmas is not None:
         t = torch.as_tensor(sigmas, dtype=torch.float64)
-    elif config.get("use_flow_sigmas"):
+    elif config.get("use_flow_sigmas") and "predict_x0" in config:  # UniPC; its relatives start one training step lower
         t = torch.linspace(1, 1 / total, n + 1, dtype=torch.float64)[:-1]
+    elif config.get("use_flow_sigmas"):
+        t = torch.linspace(1 - 1 / total, 0, n + 1, dtype=torch.float64)[:-1]
     else:
         low = torch.tensor(1 / total, dtype=torch.float64)
         low = low if dynamic else flow_shift(low, shift)

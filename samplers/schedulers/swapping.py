@@ -94,6 +94,8 @@ def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> An
         due = scheduler.tableau is not None and scheduler.step_index is None and not scheduler.opened
         if not due or scheduler.begin_index not in (None, 0):
             return None
+        if scheduler.begin_index is None and _is_later(scheduler, kwargs.get("timestep", args[1] if len(args) > 1 else None)):
+            return None  # a noisy video or image, in a pipeline that does not say where it begins (Wan video-to-video)
         if args:
             return (_opened(args[0]), *args[1:]), kwargs
         name = next((key for key in _INPUTS if key in kwargs), None)
@@ -105,3 +107,11 @@ def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> An
         return scheduler.open(sample)
 
     return denoiser.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _is_later(scheduler: SolverScheduler, timestep: Any) -> bool:
+    """Whether the denoiser's timestep is one of the schedule's, but not the first; pipelines may have rescaled it."""
+    if not torch.is_tensor(timestep) or not timestep.is_floating_point() or timestep.numel() == 0:
+        return False
+    value = timestep.max().to(scheduler.timesteps)
+    return bool(value != scheduler.timesteps[0]) and bool((value == scheduler.timesteps[1:]).any())
