@@ -119,7 +119,7 @@ class SolverSchedule(Data, frozen=True):
                         step = msgspec.structs.replace(step, corr=None)
                 steps.append(step)
             else:
-                steps.append(StepStrategy(pred="x0", keep_eps=step.keep_eps))
+                steps.append(StepStrategy(pred="x0", keep_eps=step.keep_eps, noise=step.noise, eval=step.eval))
         return msgspec.structs.replace(self, times=self.times[i:], steps=tuple(steps))
 
     # ---- files -------------------------------------------------------------------------------------------------
