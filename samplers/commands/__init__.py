@@ -1,0 +1,1 @@
+"""The commands of ``fewstep``, one module each; `fewstep` puts them together."""
