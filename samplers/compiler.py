@@ -20,7 +20,8 @@ from .parametrization import Scalar
 from .phi import GAUSS_LEGENDRE, derivative_weights, exp, is_zero, log, phi, psi
 from .placement import Stencil
 from .rows import Query, Row, Stage, Terms, add, fuse, row
-from .step import Relax, StepStrategy
+from .statistics.reading import Reader
+from .step import STATISTICAL, Relax, StepStrategy
 from .strategy import SolverSchedule
 
 # Nodes at alpha = 0 enter derivative estimates as if at alpha / sigma = 1e-6, as in-tree flow schedulers place them.
@@ -43,9 +44,9 @@ class Node:
 class Compiler:
     """Walks the steps once, keeping for every node the expression of its state and prediction."""
 
-    def __init__(self, schedule: SolverSchedule, noise: NoiseSchedule) -> None:
-        """Look up the levels of every time."""
-        self.schedule, self.noise = schedule, noise
+    def __init__(self, schedule: SolverSchedule, noise: NoiseSchedule, reader: Reader | None = None) -> None:
+        """Look up the levels of every time; ``reader`` is for the steps that use empirical model statistics."""
+        self.schedule, self.noise, self.reader = schedule, noise, reader
         symbolic = any(torch.is_tensor(t) for t in schedule.times)
         self.nodes = []
         for t in schedule.times:
@@ -140,10 +141,17 @@ class Compiler:
         s, t = self.nodes[start], self.nodes[i + 1]
         if isinstance(step.pred, tuple):
             l, r = step.pred
-            h = self._finite_step(i, s, t)
+            h = self._finite_step(i, s, t, step)
             decay = t.alpha * exp(-l * h)
             terms = {state: decay / s.alpha}
             add(terms, decay * h * psi(1, (l + r) * h), self._prediction(start, start, step))
+            return terms
+        if step.pred in STATISTICAL:
+            self._finite_step(i, s, t, step)
+            decay, moments, constant = self._integrals(i, step, s, t)
+            terms = {state: t.alpha / s.alpha * decay}
+            add(terms, -t.alpha * decay * moments[0], self._prediction(start, start, step))
+            add(terms, -t.alpha * decay * constant, {"one": 1.0})
             return terms
         if is_zero(s.sigma):
             raise ValueError(f"steps[{i}] starts at sigma = 0, where x0 is already known")
@@ -175,10 +183,10 @@ class Compiler:
             return 1.0
         if noise.kind == "fresh":
             return 0.0
-        h = t.lam - s.lam
         if noise.kind == "tau":
-            return exp(-(noise.amount**2) * h)
-        return (1 - noise.amount**2 * (1 - exp(-2 * h))) ** 0.5
+            return exp(-(noise.amount**2) * (t.lam - s.lam))
+        shrink = (t.sigma * s.alpha / (t.alpha * s.sigma)) ** 2  # exp(-2h), exact from alpha = 0 too
+        return (1 - noise.amount**2 * (1 - shrink)) ** 0.5
 
     def _rate(self, step: StepStrategy, s: Node, t: Node) -> Scalar:
         r"""$1 + \tau^2$: how much faster than the ODE's the kernel of the x0 form decays."""
@@ -209,8 +217,9 @@ class Compiler:
         s, t = self.nodes[stencil.start], self.nodes[i + 1]
         centre = self._prediction(stencil.start, stencil.start, step) if stencil.derivatives else {}
         for k, (nodes, relax) in enumerate(stencil.derivatives, start=1):
-            if isinstance(step.pred, tuple) and any(is_zero(self.nodes[n].alpha * self.nodes[n].sigma) for n in nodes):
-                raise ValueError(f"steps[{i}]: (l, r) prediction is not defined at its node with alpha = 0 or sigma = 0")
+            finite = isinstance(step.pred, tuple) or step.pred in STATISTICAL
+            if finite and any(is_zero(self.nodes[n].alpha * self.nodes[n].sigma) for n in nodes):
+                raise ValueError(f"steps[{i}]: pred {step.pred!r} is not defined at its node with alpha = 0 or sigma = 0")
             position = [self._axis(n, step) - self._axis(stencil.start, step) for n in nodes]
             scale = self._moment(k, i, s, t, step) * self._relaxation(relax, i, s, t, step)
             for n, weight in zip(nodes, derivative_weights(position, k), strict=True):
@@ -240,6 +249,13 @@ class Compiler:
             add(terms, 1.0 / node.sigma, {node.state: 1.0})
             add(terms, -node.alpha / node.sigma, node.x0 or {})
             return terms
+        if isinstance(step.pred, str):  # v3
+            assert self.reader is not None
+            l, decay, beta = self.reader.node(step.pred, node.lam, self.nodes[start].lam)
+            add(terms, decay * (1 - l) / node.alpha, {node.state: 1.0})
+            add(terms, -decay, node.x0 or {})
+            add(terms, -beta, {"one": 1.0})
+            return terms
         l, r = step.pred
         decay = exp(-r * (node.lam - self.nodes[start].lam))
         add(terms, decay, node.x0 or {})
@@ -265,8 +281,11 @@ class Compiler:
         if step.axis == "lambda":
             if isinstance(step.pred, tuple):
                 l, r = step.pred
-                h = self._finite_step(i, s, t)
+                h = self._finite_step(i, s, t, step)
                 return t.alpha * exp(-l * h) * h ** (k + 1) * psi(k + 1, (l + r) * h)
+            if step.pred in STATISTICAL:
+                decay, moments, _ = self._integrals(i, step, s, t)
+                return -t.alpha * decay * moments[k]
             h = t.lam - s.lam
             rate = self._rate(step, s, t)
             if data:
@@ -275,6 +294,13 @@ class Compiler:
                 return -rate * t.alpha * exp(-s.lam)
             return -rate * t.sigma * h ** (k + 1) * phi(k + 1, h)
         return self._moment_by_parts(k, s, t, step)
+
+    def _integrals(self, i: int, step: StepStrategy, s: Node, t: Node) -> tuple[Scalar, tuple[Scalar, ...], Scalar]:
+        assert self.reader is not None
+        try:
+            return self.reader.step(str(step.pred), s.lam, t.lam)
+        except ValueError as error:
+            raise ValueError(f"steps[{i}]: {error}") from None
 
     def _moment_by_parts(self, k: int, s: Node, t: Node, step: StepStrategy) -> Scalar:
         """The integral in sigma/alpha or in t: [u^k/k! F] - integral of u^(k-1)/(k-1)! F du, F = sigma/alpha or its inverse."""
@@ -319,9 +345,9 @@ class Compiler:
             return 1.0 + (0.5 if relax == "exp+" else -0.5) * (exp(h) - 1.0)
         return 0.5 * (phi(1, z) if relax == "bh2" else 1.0) / phi(2, z)
 
-    def _finite_step(self, i: int, s: Node, t: Node) -> Scalar:
+    def _finite_step(self, i: int, s: Node, t: Node, step: StepStrategy) -> Scalar:
         for word, node in (("starts", s), ("ends", t)):
             if is_zero(node.alpha * node.sigma):
                 where = "sigma = 0" if is_zero(node.sigma) else "alpha = 0"
-                raise ValueError(f"steps[{i}] {word} at {where}, where h is infinite and (l, r) prediction is not defined")
+                raise ValueError(f"steps[{i}] {word} at {where}, where h is infinite and pred {step.pred!r} is not defined")
         return t.lam - s.lam

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .noise import NoiseSchedule
 from .parametrization import weighted_sum
+from .statistics import EmpiricalStatistics
 from .strategy import SolverSchedule
 from .tableau import Query, Row, Tableau
 
@@ -31,7 +32,7 @@ class Engine:
 
     def __init__(self, tableau: Tableau, x: Tensor, clip: Callable[[Tensor], Tensor] | None = None) -> None:
         """Start at the noise ``x`` (B, *E) in the arithmetic's dtype; ``clip`` processes every x0-prediction."""
-        self.tableau, self.position, self.clip = tableau, 0, clip
+        self.tableau, self.position, self.clip = tableau.like(x), 0, clip
         if clip is None and isinstance(tableau.clip, float):
             self.clip = partial(_clamp, bound=tableau.clip)
         self.memory = {"x0": x}
@@ -39,7 +40,9 @@ class Engine:
             if tableau.first_x0.shape != x.shape[1:]:
                 raise ValueError(f"first_x0 has shape {tuple(tableau.first_x0.shape)}, the state {tuple(x.shape[1:])}")
             self.memory["first_x0"] = tableau.first_x0.to(x).expand_as(x)
-        self._apply(tableau.opening)
+        if tableau.statistics_shape is not None:
+            self.memory["one"] = x.new_ones(()).expand_as(x)
+        self._apply(self.tableau.opening)
 
     @property
     def query(self) -> Query | None:
@@ -106,7 +109,7 @@ def iterate(
     *,
     generator: torch.Generator | None = None,
     first_x0: Tensor | None = None,
-    statistics: None = None,
+    statistics: EmpiricalStatistics | None = None,
 ) -> Iterator[Engine]:
     """Run a schedule, yielding the engine before the first query and after every answer.
 
@@ -141,7 +144,7 @@ def sample(
     generator: torch.Generator | None = None,
     trajectory: bool = False,
     first_x0: Tensor | None = None,
-    statistics: None = None,
+    statistics: EmpiricalStatistics | None = None,
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Sample: integrate from the noise ``x`` with the given solver schedule.
 

@@ -9,7 +9,7 @@ import torch
 from .parametrization import Scalar
 
 
-def _gauss_legendre(n: int) -> list[tuple[float, float]]:
+def gauss_legendre(n: int) -> list[tuple[float, float]]:
     """Nodes and weights on [0, 1] by Golub & Welsch (1969): eigenvalues of the Jacobi matrix."""
     k = torch.arange(1, n, dtype=torch.float64)
     off = k / (4 * k * k - 1).sqrt()
@@ -17,7 +17,7 @@ def _gauss_legendre(n: int) -> list[tuple[float, float]]:
     return list(zip(((values + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
 
 
-GAUSS_LEGENDRE = _gauss_legendre(12)
+GAUSS_LEGENDRE = gauss_legendre(12)
 
 
 def exp(z: Scalar) -> Scalar:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
-from .step import MAX_ORDER, NAMES, RELAXATIONS, Nodes, Relax, Residual, StepStrategy
+from .step import MAX_ORDER, NAMES, RELAXATIONS, STATISTICAL, Nodes, Relax, Residual, StepStrategy
 
 Steps = tuple[StepStrategy, ...]
 
@@ -178,6 +178,8 @@ def _check_values(step: StepStrategy) -> None:
             raise ValueError(f"unknown {key} {value!r}; known: {', '.join(NAMES[key])}")
     if isinstance(step.pred, tuple) and step.axis != "lambda":
         raise ValueError(f"pred (l, r) is defined on axis 'lambda' only, got {step.axis!r}")
+    if step.pred in STATISTICAL and step.axis != "lambda":
+        raise ValueError(f"pred {step.pred!r} is defined on axis 'lambda' only, got {step.axis!r}")
     if step.pred == "flow" and step.axis not in ("t", "index"):
         raise ValueError(f"pred 'flow' is defined on axes 't' and 'index' only, got {step.axis!r}")
     delta, pair = step.delta or Residual(), step.pred if isinstance(step.pred, tuple) else ()
@@ -192,7 +194,7 @@ def _check_noise(step: StepStrategy) -> None:
         raise ValueError(f"eta must be in [0, 1], got {noise.amount}")
     if not (noise.amount >= 0 and math.isfinite(noise.amount) and noise.scale >= 0 and math.isfinite(noise.scale)):
         raise ValueError(f"noise amount and scale must be finite and >= 0, got {noise.amount} and {noise.scale}")
-    if isinstance(step.pred, tuple) or step.pred == "flow" or (step.pred == "eps" and noise.kind != "tau"):
+    if step.pred not in ("x0", "eps") or (step.pred == "eps" and noise.kind != "tau"):
         raise ValueError(f"noise of kind {noise.kind!r} is defined for pred 'x0' ('tau' for 'eps' too), got {step.pred!r}")
     if step.axis != "lambda" or (noise.kind == "fresh" and step.order > 1):
         raise ValueError("noise needs axis 'lambda', and kind 'fresh' order 1")

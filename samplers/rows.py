@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .parametrization import Scalar
 
-Terms = dict[str, Scalar]  # name in memory -> coefficient; names: x3 state, c3 corrected, d3 x0, r3 raw x0, e3 re-evaluated
+Terms = dict[str, Scalar]  # name in memory -> coefficient; names: x3 state, c3 corrected, d3 x0, r3 raw x0,
+# e3 re-evaluated, first_x0 the data's mean, one: ones. A coefficient may be a tensor that broadcasts to the state's shape.
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Row:
     target: str
     terms: tuple[tuple[str, Scalar], ...]
     noise: Scalar = 0.0
+
+    def like(self, x: Tensor) -> Row:
+        """With coefficients that have a shape in the dtype and place of ``x``."""
+        terms = tuple((name, c.to(x) if torch.is_tensor(c) and c.ndim else c) for name, c in self.terms)
+        return Row(self.target, terms, self.noise)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import msgspec
 
 MAX_ORDER = 4
 NAMES = {
-    "pred": ("x0", "eps", "flow"),
+    "pred": ("x0", "eps", "flow", "v3", "v3-nodes"),
     "axis": ("lambda", "sigma", "t", "index"),
     "source": ("model", "zero_x0", "average_x0", "none"),
 }
 
+STATISTICAL = ("v3", "v3-nodes")  # the predictions that need empirical model statistics
 RELAXATIONS = ("bh1", "bh2", "half", "exp+", "exp-", "diffusers-3m-sde")
 Relax = float | Literal["bh1", "bh2", "half", "exp+", "exp-", "diffusers-3m-sde"] | None
 Nodes = int | tuple[int, ...] | None
@@ -95,7 +96,9 @@ class StepStrategy(Data, frozen=True):
     Attributes:
         order: Taylor order 1..4; order p uses p - 1 estimated derivatives.
         pred: what is expanded: "x0" (data prediction), "eps" (noise prediction), "flow" (velocity eps - x0, flow models on axis
-            "t") or a pair (l, r) between the first two: (1, 0) is x0 and (0, -1) is eps.
+            "t"), a pair (l, r) between the first two: (1, 0) is x0 and (0, -1) is eps, or "v3": what DPM-Solver-v3 expands,
+            given the model's `EmpiricalStatistics` (arXiv:2310.13268). "v3-nodes" reads them as published schedules were run:
+            every time counts as the statistics' nearest node.
         axis: the variable in which it is a polynomial: "lambda", "sigma" (sigma/alpha), "t" or "index" (equal steps).
         start: node the step starts from; -1 the latest, -2 and less make single-step methods.
         nodes: active nodes besides the start; None takes the latest ones.
@@ -111,7 +114,7 @@ class StepStrategy(Data, frozen=True):
     """
 
     order: int = 1
-    pred: Literal["x0", "eps", "flow"] | tuple[float, float] = "x0"
+    pred: Literal["x0", "eps", "flow", "v3", "v3-nodes"] | tuple[float, float] = "x0"
     axis: Literal["lambda", "sigma", "t", "index"] = "lambda"
     start: int = -1
     nodes: tuple[int, ...] | None = None

@@ -7,7 +7,7 @@ arithmetic then is differentiable. `samplers.compiler` has the formulas.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from .compiler import Compiler
 from .noise import NoiseSchedule
 from .rows import Query, Row, Stage
+from .statistics import EmpiricalStatistics
+from .statistics.reading import Reader
+from .step import STATISTICAL
 from .strategy import SolverSchedule
 
 __all__ = ["Query", "Row", "Stage", "Tableau"]
@@ -32,6 +35,7 @@ class Tableau:
         result: name of the final state.
         clip: as in `SolverSchedule`.
         first_x0: (*E) the data's mean, where an analytic first step uses it.
+        statistics_shape: shape of the coefficients that come from empirical model statistics, None without such steps.
     """
 
     opening: tuple[Row, ...]
@@ -39,11 +43,29 @@ class Tableau:
     result: str
     clip: float | str | None
     first_x0: Tensor | None = None
+    statistics_shape: torch.Size | None = None
 
     @property
     def nfe(self) -> int:
         """Network evaluations."""
         return len(self.stages)
+
+    def like(self, x: Tensor) -> Tableau:
+        """For states like ``x`` (B, *E): coefficients that have a shape get x's dtype and place.
+
+        Raises:
+            ValueError: they do not broadcast to a sample's shape.
+        """
+        shape, sample = self.statistics_shape or torch.Size(), x.shape[1:]
+        if not shape:
+            return self
+        if len(shape) > len(sample) or any(a not in (1, b) for a, b in zip(shape[::-1], sample[::-1], strict=False)):
+            raise ValueError(
+                f"the statistics have shape {tuple(shape)}, which does not broadcast to the state's {tuple(sample)}"
+            )
+        opening = tuple(row.like(x) for row in self.opening)
+        stages = tuple(replace(stage, rows=tuple(row.like(x) for row in stage.rows)) for stage in self.stages)
+        return replace(self, opening=opening, stages=stages)
 
     @staticmethod
     def build(
@@ -51,7 +73,7 @@ class Tableau:
         noise_schedule: NoiseSchedule,
         *,
         first_x0: Tensor | None = None,
-        statistics: None = None,
+        statistics: EmpiricalStatistics | None = None,
     ) -> Tableau:
         """Compile ``schedule`` for ``noise_schedule``; the last few results are cached by digest.
 
@@ -59,14 +81,19 @@ class Tableau:
             schedule: times in the noise schedule's t; tensors make the coefficients differentiable.
             noise_schedule: gives alpha, sigma and lambda of every time.
             first_x0: (*E) mean image, needed by and only by an "average_x0" first step.
-            statistics: empirical model statistics; no strategy of this version takes them.
+            statistics: empirical model statistics, needed by steps with pred "v3" or "v3-nodes" and ignored without them.
 
         Raises:
-            ValueError: the schedule belongs to another family, a time is out of range, ``first_x0`` is missing, or a step
-                cannot be placed where it is (naming the step and the reason).
+            ValueError: the schedule belongs to another family, a time is out of range, ``first_x0`` or ``statistics``
+                are missing, or a step cannot be placed where it is (naming the step and the reason).
         """
-        if statistics is not None:
-            raise ValueError("this schedule has no step that uses empirical model statistics")
+        statistical = [i for i, step in enumerate(schedule.steps) if step.pred in STATISTICAL]
+        if statistical and statistics is None:
+            pred = schedule.steps[statistical[0]].pred
+            raise ValueError(
+                f"steps[{statistical[0]}]: pred {pred!r} needs the model's empirical statistics: pass "
+                "statistics=EmpiricalStatistics.load(path), or make them with EmpiricalStatistics.estimate"
+            )
         source = schedule.steps[0].eval.source
         if source == "average_x0" and first_x0 is None:
             raise ValueError("steps[0]: source 'average_x0' needs first_x0, the data's mean")
@@ -77,11 +104,12 @@ class Tableau:
             raise ValueError(f"pred 'flow' needs a flow model; this noise schedule is {noise_schedule.kind}")
         symbolic = any(torch.is_tensor(t) for t in schedule.times)
         try:
-            key = None if symbolic else (schedule.digest, id(noise_schedule))
+            key = None if symbolic or statistical else (schedule.digest, id(noise_schedule))
         except TypeError:  # tensors among the coefficients
             key = None
         if key is None or key not in _cache:
-            compiled = Compiler(schedule, noise_schedule).run()
+            reader = Reader(statistics) if statistical and statistics is not None else None
+            compiled = Compiler(schedule, noise_schedule, reader).run()
             if key is not None:
                 _cache[key] = (noise_schedule, compiled)
                 while len(_cache) > CACHE_SIZE:
@@ -89,7 +117,8 @@ class Tableau:
         else:
             compiled = _cache[key][1]
         opening, stages = compiled
-        return Tableau(opening, stages, f"x{len(schedule.steps)}", schedule.clip, first_x0)
+        shape = statistics.shape if statistical and statistics is not None else None
+        return Tableau(opening, stages, f"x{len(schedule.steps)}", schedule.clip, first_x0, shape)
 
 
 _Compiled = tuple[tuple[Row, ...], tuple[Stage, ...]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .strategy import Corrector, Evaluation, Relax, SolverSchedule, StepStrategy
 
-_PREDICTIONS = {"noise_prediction": "eps", "data_prediction": "x0"}
+_PREDICTIONS = {"noise_prediction": "eps", "data_prediction": "x0", "dpmsolver_v3_prediction": "v3-nodes"}
 _SOURCES = {"no_afs": "model", "zero_x0": "zero_x0", "average_x0": "average_x0"}
 _RELAXATIONS = {"unipc-bh1": "bh1", "unipc-bh2": "bh2", "dpmsolver-2": "bh2", "0.5exp": "exp+", "-0.5exp": "exp-"}
 _REQUIRED = ("timesteps", "orders", "prediction_types", "derivative_types", "corrector_types", "start_points", "afs")

@@ -1,13 +1,15 @@
 """Published-format schedules against the trajectories of an independent implementation (float32, exact mixture model).
 
-Files `usf/NOISE-STEPS-basic.json` are random schedules in the published dict format, `usf/trajectories.safetensors`
-what they produced. A correct float64 implementation agrees to 8e-5; the limit is their float32 rounding with some room.
+Files `usf/NOISE-STEPS-KIND.json` are random schedules in the published dict format, `usf/trajectories.safetensors`
+what they produced. Kind "v3" also uses model statistics. A correct float64 implementation agrees to 8e-5 ("basic") and 9e-4
+("v3"); the limits are their float32 rounding, which is larger in integrals of the statistics, with some room.
 """
 
 import json
 import warnings
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from samplers import NoiseSchedule, SolverSchedule, sample
 from samplers.denoisers import GaussianMixture
+from samplers.statistics import EmpiricalStatistics
 
 FOLDER = Path(__file__).parent / "usf"
 TENSORS = {name: value.double() for name, value in load_file(FOLDER / "trajectories.safetensors").items()}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-LIMIT = 2e-4
+LIMITS = {"basic": 2e-4, "v3": 2e-3}
 
 
 def _alphas_cumprod(betas: Tensor) -> Tensor:
@@ -32,7 +35,18 @@ NOISE = {
     "sd": NoiseSchedule.vp_discrete(_alphas_cumprod(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)),
     "img": NoiseSchedule.vp_discrete(_alphas_cumprod(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))),
 }
+SPANS = {"edm": (80.0, 0.002), "linear": (1.0, 1e-4), "sd": (1.0, 1e-3), "img": (1.0, 1e-3)}  # of the statistics, in t
 MODEL = GaussianMixture(TENSORS["model.means"], TENSORS["model.stds"], TENSORS["model.weights"])
+
+
+def _statistics(kind: str) -> EmpiricalStatistics:
+    """On 121 nodes even in lambda."""
+    low, high = NOISE[kind].lam(torch.tensor(SPANS[kind], dtype=torch.float64)).tolist()
+    lam = torch.linspace(low, high, 121, dtype=torch.float64)
+    return EmpiricalStatistics(lam, TENSORS["v3.l"], TENSORS["v3.s"], TENSORS["v3.b"])
+
+
+STATISTICS = {kind: _statistics(kind) for kind in SPANS}
 
 
 def _read(name: str) -> tuple[dict, SolverSchedule]:
@@ -43,9 +57,9 @@ def _read(name: str) -> tuple[dict, SolverSchedule]:
 
 
 def _run(name: str, schedule: SolverSchedule) -> tuple[Tensor, list[Tensor]]:
-    noise = NOISE[name.partition("-")[0]]
-    denoiser = MODEL.denoiser(noise)
-    return sample(denoiser, TENSORS[f"{name}.x_T"], schedule, noise, trajectory=True, first_x0=TENSORS["average_x0"])
+    kind, x = name.partition("-")[0], TENSORS[f"{name}.x_T"]
+    tensors = {"first_x0": TENSORS["average_x0"], "statistics": STATISTICS[kind]}
+    return sample(MODEL.denoiser(NOISE[kind]), x, schedule, NOISE[kind], trajectory=True, **tensors)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -53,7 +67,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def test_all_of_them_are_here() -> None:
-    assert len(NAMES) == 24
+    assert len(NAMES) == 48
+    assert sum("v3" in [step.pred[:2] for step in _read(name)[1].steps] for name in NAMES) == 21
     assert {name.partition("-")[0] for name in NAMES} == set(NOISE)
 
 
@@ -62,11 +77,12 @@ def test_every_state_agrees(name: str) -> None:
     mapping, schedule = _read(name)
     assert schedule.nfe == mapping["nfe"]
     result, states = _run(name, schedule)
+    limit = LIMITS[name.rpartition("-")[2]]
     expected = TENSORS[f"{name}.states"]
     assert len(states) == len(expected)
     errors = [_relative(state, wanted) for state, wanted in zip(states, expected, strict=True)]
-    assert max(errors) < LIMIT, errors
-    assert _relative(result, TENSORS[f"{name}.x_0"]) < LIMIT
+    assert max(errors) < limit, errors
+    assert _relative(result, TENSORS[f"{name}.x_0"]) < limit
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,4 +100,14 @@ def test_a_wrong_schedule_is_noticed() -> None:
     times = list(schedule.times)
     times[3] *= 1.01
     moved = SolverSchedule(times=tuple(times), steps=schedule.steps)
-    assert _relative(_run(name, moved)[0], TENSORS[f"{name}.x_0"]) > 2 * LIMIT
+    assert _relative(_run(name, moved)[0], TENSORS[f"{name}.x_0"]) > 2 * LIMITS["basic"]
+
+
+@pytest.mark.parametrize("pred", ["x0", "eps", "v3"])
+def test_a_wrong_reading_of_statistics_is_noticed(pred: str) -> None:
+    """Neither another form nor statistics read at the exact times pass for the published reading."""
+    name = "linear-8step-v3"
+    _, schedule = _read(name)
+    steps = [msgspec.structs.replace(step, pred=pred) if step.pred == "v3-nodes" else step for step in schedule.steps]
+    other = msgspec.structs.replace(schedule, steps=tuple(steps))
+    assert _relative(_run(name, other)[0], TENSORS[f"{name}.x_0"]) > 2 * LIMITS["v3"]
