@@ -1,0 +1,97 @@
+"""Feynman-Kac correctors: the entry points `FeynmanKac.sample` and `FeynmanKac.attach`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Denoiser
+from ..noise import NoiseSchedule
+from .cloud import Cloud
+from .native import run
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .hooks import Run
+
+
+class FeynmanKac(Settings):
+    """Sequential Monte Carlo along a diffusion path whose weighted particles follow a `Target`; see `Settings`.
+
+    fk = FeynmanKac(Target.cfg(2.0), resampling="systematic", ess=0.5, noise=1.0)
+    cloud = fk.sample({"uncond": a, "cond": b}, noise_schedule, times, particles=64, shape=(2,), generator=g)
+    """
+
+    def sample(
+        self,
+        denoisers: Mapping[str, Denoiser],
+        noise_schedule: NoiseSchedule,
+        times: Tensor | Sequence[float],
+        *,
+        particles: int,
+        shape: Sequence[int],
+        groups: int | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Cloud:
+        """Run the corrector from Gaussian noise to the last time.
+
+        The population starts from N(0, sigma^2 / G) at ``times[0]``, which is the target where every branch is pure noise
+        there. One evaluation of every branch per step.
+
+        Args:
+            denoisers: one for each branch of the target, ``denoiser(x: (B, *E), t) -> x0``, all of one noise schedule.
+            noise_schedule: the denoisers'.
+            times: decreasing grid in its t; ``schedule.times`` of any solver schedule will do.
+            particles: K.
+            shape: (*E) of one particle.
+            groups: independent populations run side by side; adds a leading axis to the result. None is one, without the axis.
+            generator: source of all randomness.
+            dtype: of the particles; weights are float64 always.
+            device: where they live.
+            batch_size: largest batch of a network call; None is all particles of all groups.
+            progress: called with the number of steps done.
+
+        Returns:
+            The weighted particles at ``times[-1]``.
+
+        Raises:
+            ValueError: denoisers that do not match the target's branches; times that do not decrease, or that begin at pure
+                noise (alpha = 0) while G is not 1; exponents that vary while ``noise`` is not 1; fewer than one particle.
+        """
+        branches = self.target.branches
+        missing = [name for name in branches if name not in denoisers]
+        unknown = [name for name in denoisers if name not in self.target.exponents]
+        if missing or unknown:
+            raise ValueError(
+                f"the target's branches are {', '.join(self.target.exponents)}; "
+                f"missing denoisers: {', '.join(missing) or 'none'}; unknown ones: {', '.join(unknown) or 'none'}"
+            )
+        for name, value in (("particles", particles), ("groups", groups), ("batch_size", batch_size)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if self.target.scheduled and self.noise != 1.0:
+            raise ValueError(
+                f"exponents that vary in time need noise=1.0, got {self.noise}: log-densities can be followed only where the "
+                "path's noise is the model's"
+            )
+        return run(
+            self, [denoisers[name] for name in branches], noise_schedule, times, particles=particles, shape=tuple(shape),
+            groups=groups, generator=generator, dtype=dtype, device=torch.device(device), batch_size=batch_size,
+            progress=progress or (lambda done: None),
+        )  # fmt: skip
+
+    def attach(self, pipe: Any, particles: int, **options: Any) -> AbstractContextManager[Run]:
+        """Correct an unmodified diffusers pipeline inside the block; see `samplers.particles.hooks.attach`."""
+        from .hooks import attach
+
+        return attach(self, pipe, particles, **options)
