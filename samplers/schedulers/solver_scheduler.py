@@ -23,6 +23,7 @@ from ..strategy import SolverSchedule
 from ..tableau import Tableau
 from .clipping import clip_from_config
 from .noising import levels_like, noise_like
+from .opening import check_opened
 from .output import SolverSchedulerOutput
 from .sources import load_mean, resolve_schedule, split_config
 from .times import schedule_for
@@ -148,7 +149,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self.solver_schedule: SolverSchedule | None = None
         self.tableau: Tableau | None = None
         self._reset()
-        self._opened_by_hook = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -162,11 +162,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 the pipeline cannot apply it (flow models: use `samplers.schedulers.swap`).
         """
         model, mine, foreign = split_config(config, cls._get_init_keys(cls))
-        hooked = kwargs.pop("_opened_by_hook", False)
+        hooked = kwargs.pop("_hooked", False)
         made = super().from_config(mine, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
         scheduler.register_to_config(**foreign)  # kept for the way back to the class they belong to
-        scheduler._opened_by_hook = hooked
         if model.family == "flow" and scheduler.analytic_first_step and not hooked:
             raise ValueError(
                 "flow pipelines do not call scale_model_input, so an analytic first step needs "
@@ -358,11 +357,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if index > 0:
             tail = self.solver_schedule.tail(self.tableau.stages[index].query.node)
             tableau = Tableau.build(tail, self.noise_schedule)
-        elif self.analytic_first_step and not (self.opened or self._opened_by_hook):
-            raise RuntimeError(
-                "this pipeline did not call scale_model_input, so the analytic first step never reached the network; use "
-                "`with samplers.schedulers.swap(pipe, schedule): ...`"
-            )
+        elif self.analytic_first_step and not self.opened:
+            check_opened(self.opened_sizes, sample)
         clip = None
         if tableau.clip == "config":
             clip = clip_from_config(self.config, self.source.recipe.honours if isinstance(self.source, RecipeText) else ())
@@ -374,6 +370,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it
+        self.opened_sizes: frozenset[int] = frozenset()  # values per sample that a hook opened in the network's input
 
     # ---- noising -------------------------------------------------------------------------------------------------
 

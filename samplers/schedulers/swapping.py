@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..strategy import SolverSchedule
+from .opening import is_later, open_input
 from .solver_scheduler import SolverScheduler
 
 OWN_FOLDER = "fewstep_scheduler"
 _FALLBACKS = {"vp": DPMSolverMultistepScheduler, "edm": EDMEulerScheduler, "flow": FlowMatchEulerDiscreteScheduler}
+
+_DENOISERS = ("unet", "transformer", "transformer_2")  # Wan 2.2 has two; the first that is called opens the run
 _INPUTS = ("hidden_states", "sample")  # the state's name among a denoiser's keyword arguments
 
 
@@ -41,14 +43,14 @@ def swap(
     if isinstance(schedule, SolverSchedule):
         schedule = schedule.to_dict()
     old = pipe.scheduler
-    scheduler = SolverScheduler.from_config(old.config, schedule=schedule, _opened_by_hook=True, **options)
-    hook = _open_first_input(pipe, scheduler) if scheduler.analytic_first_step else None
+    scheduler = SolverScheduler.from_config(old.config, schedule=schedule, _hooked=True, **options)
+    hooks = _open_first_input(pipe, scheduler) if scheduler.analytic_first_step else []
     pipe.scheduler = scheduler
     try:
         yield scheduler
     finally:
         pipe.scheduler = old
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
 
 
@@ -84,34 +86,35 @@ def export(pipe: DiffusionPipeline, path: str | Path) -> Path:
     return path
 
 
-def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> Any:
-    """Apply the analytic first step to the denoiser's first input of a run, unless the pipeline did so itself."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(denoiser, torch.nn.Module):
+def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> list[Any]:
+    """Apply the analytic first step to the denoiser's first input of a run, unless the pipeline did so itself.
+
+    Returns:
+        The handles of the hooks that do so, to be removed.
+
+    Raises:
+        ValueError: the pipeline has no known denoiser.
+    """
+    denoisers = [module for name in _DENOISERS if isinstance(module := getattr(pipe, name, None), nn.Module)]
+    if not denoisers:
         raise ValueError(f"{type(pipe).__name__} has no unet or transformer to apply the analytic first step to")
 
-    def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         due = scheduler.tableau is not None and scheduler.step_index is None and not scheduler.opened
         if not due or scheduler.begin_index not in (None, 0):
             return None
-        if scheduler.begin_index is None and _is_later(scheduler, kwargs.get("timestep", args[1] if len(args) > 1 else None)):
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if scheduler.begin_index is None and is_later(timestep, scheduler.timesteps):
             return None  # a noisy video or image, in a pipeline that does not say where it begins (Wan video-to-video)
         if args:
-            return (_opened(args[0]), *args[1:]), kwargs
+            return (opened(module, args[0], timestep), *args[1:]), kwargs
         name = next((key for key in _INPUTS if key in kwargs), None)
         if name is None:
             raise ValueError(f"cannot find the state among the inputs of {type(module).__name__}: {', '.join(kwargs)}")
-        return args, {**kwargs, name: _opened(kwargs[name])}
+        return args, {**kwargs, name: opened(module, kwargs[name], timestep)}
 
-    def _opened(sample: Tensor) -> Tensor:
-        return scheduler.open(sample)
+    def opened(module: nn.Module, given: Tensor, timestep: Any) -> Tensor:
+        whole, scheduler.opened_sizes = open_input(scheduler.open, module, given, timestep)
+        return whole
 
-    return denoiser.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _is_later(scheduler: SolverScheduler, timestep: Any) -> bool:
-    """Whether the denoiser's timestep is one of the schedule's, but not the first; pipelines may have rescaled it."""
-    if not torch.is_tensor(timestep) or not timestep.is_floating_point() or timestep.numel() == 0:
-        return False
-    value = timestep.max().to(scheduler.timesteps)
-    return bool(value != scheduler.timesteps[0]) and bool((value == scheduler.timesteps[1:]).any())
+    return [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from tiny_pipelines.harness import relative
 from torch import Tensor
 
 from samplers.schedulers import SolverScheduler, swap
@@ -13,10 +14,6 @@ from samplers.schedulers import SolverScheduler, swap
 PIPELINES = ["sd", "sdxl", "dit", "ddpm", "sd3", "flux"]
 OPENS_BY_ITSELF = ["sd", "sdxl", "dit"]  # pipelines that call scale_model_input
 ANALYTIC = ["ddim:grid=trailing", "dpmpp:order=3,grid=trailing", "unipc:order=2,grid=trailing"]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def _swapped(tiny: Any, schedule: str) -> Any:

@@ -14,16 +14,12 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
 )
-from torch import Tensor
+from tiny_pipelines.harness import relative
 
 from samplers.schedulers import SolverScheduler, swap
 
 STEPS = 10
 LIMIT = 1e-4
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def _variant(tiny: Any, cls: type, **inputs: Any) -> Any:
