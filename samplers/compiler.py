@@ -74,6 +74,7 @@ class Compiler:
                 node.x0, node.raw = {f"d{i}": 1.0}, {f"r{i}": 1.0} if i in self.raw_needed else None
                 rows = []
                 staged.append((self._query(i, f"x{i}", f"d{i}"), rows))
+                node.x0 = self._kept(i, {f"d{i}": 1.0})
             else:
                 node.x0 = node.raw = self._analytic_x0(node, step.eval.source)
             previous = self.schedule.steps[i - 1] if i else None
@@ -86,7 +87,10 @@ class Compiler:
                 if previous.corr.reeval:
                     rows = []
                     staged.append((self._query(i, f"c{i}", f"e{i}"), rows))
-                    node.state, node.x0, node.raw = f"c{i}", {f"e{i}": 1.0}, None
+                    node.state, node.raw = f"c{i}", None
+                    node.x0 = self._kept(i, {f"e{i}": 1.0})
+            if step.hist_shift:
+                node.x0 = self._shifted(i, step)
             stencil = self.schedule.stencil(i)
             terms = self._first_order(i, step, stencil.start, corrected[stencil.start])
             increment = self._increment(i, step, stencil)
@@ -126,6 +130,38 @@ class Compiler:
             later |= {query.state}
             stages.append(Stage(query, fused, keep, raw))
         return tuple(reversed(stages))
+
+    def _kept(self, i: int, answer: Terms) -> Terms:
+        """The x0-prediction at node i of an answer given for another time, when its noise prediction is what is kept."""
+        node, told = self.nodes[i], self.schedule.steps[i].eval
+        if told.keep == "x0" or (told.t_scale == 1.0 and told.t_shift == 0.0):
+            return answer
+        query = self._query(i, node.state, "")
+        if is_zero(node.alpha) or is_zero(query.sigma):
+            raise ValueError(f"steps[{i}]: keep 'eps' is not possible from alpha = 0 or where the network is told sigma = 0")
+        ratio = node.sigma / query.sigma
+        terms: Terms = {node.state: (1.0 - ratio) / node.alpha}
+        add(terms, ratio * query.alpha / node.alpha, answer)
+        return terms
+
+    def _shifted(self, i: int, step: StepStrategy) -> Terms:
+        """Node i's x0 when its prediction is read off the quadratic in t through the last three."""
+        node, recent = self.nodes[i], (i, i - 1, i - 2)
+        at = node.t + step.hist_shift * (node.t - self.nodes[i - 1].t)
+        shifted: Terms = {}
+        for j in recent:
+            weight: Scalar = 1.0
+            for other in recent:
+                if other != j:
+                    weight = weight * (at - self.nodes[other].t) / (self.nodes[j].t - self.nodes[other].t)
+            add(shifted, weight, self._prediction(j, i, step))
+        if step.pred == "x0":
+            return shifted
+        if is_zero(node.alpha):
+            raise ValueError(f"steps[{i}]: hist_shift of the noise prediction is not possible at alpha = 0")
+        terms: Terms = {node.state: 1.0 / node.alpha}
+        add(terms, -node.sigma / node.alpha, shifted)
+        return terms
 
     def _analytic_x0(self, node: Node, source: str) -> Terms:
         """x0 of a state that is taken for pure noise (eps = x for VP, x / sigma otherwise), or the data's mean."""

@@ -74,6 +74,8 @@ def check_step(steps: Steps, i: int) -> None:
     if step.eval.source in ("zero_x0", "average_x0") and i > 0:
         raise ValueError(f"source {step.eval.source!r} is analytic and only possible at steps[0]")
     _check_values(step)
+    if step.hist_shift:
+        _check_history(steps, i)
     if step.noise is not None:
         _check_noise(step)
     _check_stencil(steps, predictor_stencil(steps, i), i)
@@ -81,6 +83,14 @@ def check_step(steps: Steps, i: int) -> None:
         raise ValueError(f"delta names more nodes than the {i + 1} in the history")
     if step.corr is not None:
         _check_corrector(steps, i)
+
+
+def _check_history(steps: Steps, i: int) -> None:
+    step = steps[i]
+    if not math.isfinite(step.hist_shift) or step.pred not in ("x0", "eps"):
+        raise ValueError(f"hist_shift must be finite and needs pred 'x0' or 'eps', got {step.hist_shift} and {step.pred!r}")
+    if i < 2 or not all(steps[j].eval.source == "model" for j in (i - 2, i - 1, i)):
+        raise ValueError("hist_shift needs network evaluations at this step's node and the two before it")
 
 
 def _check_corrector(steps: Steps, i: int) -> None:
@@ -173,7 +183,7 @@ def _derivatives(
 
 
 def _check_values(step: StepStrategy) -> None:
-    for key, value in (("pred", step.pred), ("axis", step.axis), ("source", step.eval.source)):
+    for key, value in (("pred", step.pred), ("axis", step.axis), ("source", step.eval.source), ("keep", step.eval.keep)):
         if not isinstance(value, tuple) and value not in NAMES[key]:
             raise ValueError(f"unknown {key} {value!r}; known: {', '.join(NAMES[key])}")
     if isinstance(step.pred, tuple) and step.axis != "lambda":

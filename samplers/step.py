@@ -14,6 +14,7 @@ NAMES = {
     "pred": ("x0", "eps", "flow", "v3", "v3-nodes"),
     "axis": ("lambda", "sigma", "t", "index"),
     "source": ("model", "zero_x0", "average_x0", "none"),
+    "keep": ("x0", "eps"),
 }
 
 STATISTICAL = ("v3", "v3-nodes")  # the predictions that need empirical model statistics
@@ -55,11 +56,14 @@ class Evaluation(Data, frozen=True):
             noise (churn, restart, the second half of a TCD step).
         t_scale: the network is told t_scale * t + t_shift instead of the state's own time (LD3, S4S, DyWeight).
         t_shift: see above.
+        keep: what the answer at another time is taken for at the state's own: its "x0" (EDM-style methods) or its noise
+            prediction "eps" (LD3, S4S, GS).
     """
 
     source: Literal["model", "zero_x0", "average_x0", "none"] = "model"
     t_scale: float = 1.0
     t_shift: float = 0.0
+    keep: Literal["x0", "eps"] = "x0"
 
 
 class Noise(Data, frozen=True):
@@ -109,6 +113,8 @@ class StepStrategy(Data, frozen=True):
         corr: corrector applied once the network has answered at the step's end.
         eval: where the prediction at the step's start comes from.
         keep_eps: when x0 is clipped, keep the unclipped noise prediction in the first-order term (DDIM).
+        hist_shift: replace the prediction at this step's node by the quadratic in t through the last three, read at
+            t_i + hist_shift (t_i - t_{i-1}); for "x0" and "eps" (DC-Solver, arXiv:2409.03755, with rho = 1 + hist_shift).
         noise: fresh noise, or None for the ODE.
         delta: learned additions to the coefficients.
     """
@@ -123,5 +129,6 @@ class StepStrategy(Data, frozen=True):
     corr: Corrector | None = None
     eval: Evaluation = Evaluation()
     keep_eps: bool = False
+    hist_shift: float = 0.0
     noise: Noise | None = None
     delta: Residual | None = None

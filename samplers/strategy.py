@@ -110,6 +110,8 @@ class SolverSchedule(Data, frozen=True):
         for j, step in enumerate(self.steps[i:]):
             nodes = {self.stencil(i + j).start, *(n for d in self.stencil(i + j).derivatives for n in d[0])}
             nodes |= set(absolute(step.nodes or (), i + j))
+            if step.hist_shift:
+                nodes.add(i + j - 2)
             residual = step.delta is not None and i > 0
             if min(nodes) >= i and not residual:
                 if step.corr is not None:

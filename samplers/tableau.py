@@ -67,6 +67,24 @@ class Tableau:
         stages = tuple(replace(stage, rows=tuple(row.like(x) for row in stage.rows)) for stage in self.stages)
         return replace(self, opening=opening, stages=stages)
 
+    @property
+    def depth(self) -> int:
+        """Network evaluations in a row: those that do not wait for one another (EPD's midpoints) count once."""
+        needs: dict[str, int] = {}  # name -> evaluations that must be done before it is known
+        rows = iter(self.opening)
+        deepest = 0
+        for stage in (None, *self.stages):
+            if stage is not None:
+                rows = iter(stage.rows)
+                done = needs.get(stage.query.state, 0) + 1
+                needs[stage.query.output] = done
+                if stage.raw is not None:
+                    needs[stage.raw] = done
+                deepest = max(deepest, done)
+            for row in rows:
+                needs[row.target] = max((needs.get(name, 0) for name, _ in row.terms), default=0)
+        return deepest
+
     @staticmethod
     def build(
         schedule: SolverSchedule,

@@ -15,6 +15,7 @@ from scipy.stats import beta as beta_distribution
 from torch import Tensor
 
 from ..noise import NoiseSchedule
+from .optimised import optimal_lambdas
 
 LAMBDA_START = -5.1  # where grids in lambda begin when alpha(t_max) = 0; arXiv:2206.00927 starts cosine schedules there
 RHO = 7.0  # arXiv:2206.00364, appendix D.1
@@ -191,6 +192,18 @@ def ays(noise: NoiseSchedule, n: int, *, table: str) -> Tensor:
     return t
 
 
+def dmn(noise: NoiseSchedule, n: int) -> Tensor:
+    """Minimises a bound on the error of multistep solvers, given the noise schedule alone (DMN, arXiv:2402.17376)."""
+    low, high = _lambda_start(noise), noise.lam(noise.t_min).item()
+    starts = [
+        torch.cat([grid(noise, n)[1:], torch.tensor([noise.t_min], dtype=torch.float64)]) for grid in (linspace, quadratic)
+    ]
+    others = tuple((low, *noise.lam(t).tolist()) for t in starts if bool((noise.lam(t)[:-1] > low).all()))
+    t = noise.t_of_lam(torch.tensor(optimal_lambdas(low, high, n, others)[:-1], dtype=torch.float64))
+    t[0] = noise.t_max
+    return t
+
+
 GRIDS: dict[str, Grid] = {
     "linspace": linspace,
     "inclusive": inclusive,
@@ -201,6 +214,7 @@ GRIDS: dict[str, Grid] = {
     "exponential": exponential,
     "quadratic": quadratic,
     "beta": beta,
+    "dmn": dmn,
     **{name: partial(ays, table=name) for name in AYS_LEVELS},
 }
 GRID_ALIASES = {
