@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .noise import NoiseSchedule
-from .parametrization import EPSILON, FLOW_PREDICTION, check_parametrization
+from .parametrization import EPSILON, FLOW_PREDICTION, REVERSED_FLOW_PREDICTION, V_PREDICTION, check_parametrization
 
 FLOW_CLASSES = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "MiniMaxH3")
 FLOW_KEYS = {"shift", "use_dynamic_shifting", "base_shift", "invert_sigmas"}
 VP_KEYS = {"beta_start", "beta_end", "beta_schedule"}
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+TRIG = "trig"  # our own name for the continuous schedule that IPNDMScheduler has instead of betas
 
 # Keys that mark classes whose models are not sampled by a plain probability-flow ODE in one of the three families.
 _UNSUPPORTED = {
@@ -57,15 +58,17 @@ class ModelConfig:
     sigma_data: float | None
     values: Mapping[str, Any]
 
-    def noise_schedule(self) -> NoiseSchedule:
-        """The noise schedule of the family with the config's parameters."""
+    def noise_schedule(self, *, exact_end: bool = False) -> NoiseSchedule:
+        """The noise schedule of the family with the config's parameters; ``exact_end`` as in `NoiseSchedule.vp_discrete`."""
         get = self.values.get
         if self.family == "edm":
             clock = str(get("clock") or "log")
             return NoiseSchedule.edm(_or(get("sigma_min"), 0.002), _or(get("sigma_max"), 80.0), clock=clock)
         if self.family == "flow":
-            return NoiseSchedule.flow(flow_shift_of(self.values))
-        return NoiseSchedule.vp_discrete(alphas_cumprod_of(self.values))
+            return NoiseSchedule.flow(flow_shift_of(self.values), inverted=bool(get("invert_sigmas")))
+        if get("beta_schedule") == TRIG:
+            return NoiseSchedule.vp_trig()
+        return NoiseSchedule.vp_discrete(alphas_cumprod_of(self.values), exact_end=exact_end)
 
 
 def _or(value: Any, default: float) -> float:
@@ -97,6 +100,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"{label} is not supported: consistency models are not sampled by an ODE solver")
     if "eta" in values and "beta_start" in values and "prediction_type" not in values:
         raise ValueError(f"{label} is not supported: RePaint moves back and forth in time")
+    if name == "IPNDMScheduler" or set(values) == {"num_train_timesteps", "trained_betas"}:
+        return _trig_config(label, values)
     family = _family(name, values)
     if family is None:
         raise ValueError(
@@ -106,11 +111,18 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     default = FLOW_PREDICTION if family == "flow" else EPSILON
     kind = check_parametrization(values.get("prediction_type") or default)
     if family == "flow" and "use_flow_sigmas" not in values and "family" not in values:
-        kind = FLOW_PREDICTION
+        kind = REVERSED_FLOW_PREDICTION if values.get("invert_sigmas") else FLOW_PREDICTION
     if family == "edm" and "clock" not in values and _is_cosine(name, values):
         values["clock"] = "atan"
     sigma_data = _or(values.get("sigma_data"), 0.5) if family == "edm" else None
     return ModelConfig(family, kind, sigma_data, values)
+
+
+def _trig_config(label: str, values: dict[str, Any]) -> ModelConfig:
+    """IPNDMScheduler's (Dance Diffusion): v-prediction on the quarter circle, with no key that says so."""
+    if values.get("trained_betas") is not None:
+        raise ValueError(f"{label} is not supported with trained_betas: there they are noise levels of single steps")
+    return ModelConfig("vp", V_PREDICTION, None, values | {"beta_schedule": TRIG})
 
 
 def _is_cosine(name: str, values: Mapping[str, Any]) -> bool:

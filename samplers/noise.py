@@ -32,7 +32,7 @@ class NoiseSchedule:
     r"""A family of $(\alpha_t, \sigma_t)$ with its parameters; build one with the class methods.
 
     Attributes:
-        kind: "vp_linear", "vp_cosine", "vp_discrete", "edm" or "flow".
+        kind: "vp_linear", "vp_cosine", "vp_trig", "vp_discrete", "edm" or "flow".
         t_max: the noisiest time.
         t_min: the cleanest time that named grids evaluate the network at or end on (not a bound: t = 0 is
             allowed, and means sigma = 0).
@@ -61,27 +61,34 @@ class NoiseSchedule:
         return cls("vp_cosine", 1.0, 1e-3, {})
 
     @classmethod
-    def vp_discrete(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
+    def vp_trig(cls) -> NoiseSchedule:
+        r"""Variance preserving, $\alpha = \cos(\pi t/2)$, $\sigma = \sin(\pi t/2)$ (arXiv:2202.00512, appendix D)."""
+        return cls("vp_trig", 1.0, 1e-3, {})
+
+    @classmethod
+    def vp_discrete(cls, alphas_cumprod: Tensor, *, exact_end: bool = False) -> NoiseSchedule:
         r"""Variance preserving, given at N training steps; step n (0-based) is t = (n + 1) / N.
 
         $\log\alpha$ is linear in t between the steps and from the first of them to 0 at t = 0.
 
         Args:
             alphas_cumprod: (N,) strictly decreasing in (0, 1); a last entry of exactly 0 (zero terminal signal-to-noise
-                ratio) is read as $2^{-24}$, as diffusers does.
+                ratio) is read as $2^{-24}$, as diffusers' higher-order schedulers do.
+            exact_end: at t = 1 such a schedule has alpha = 0 after all, as diffusers' first-order schedulers do.
         """
         table = as_float64(alphas_cumprod).detach().cpu().clone()
         if table.ndim != 1 or len(table) < 1:
             raise ValueError(f"alphas_cumprod must have shape (N,), got {tuple(table.shape)}")
-        if table.numel() and table[-1] in (0.0, 2.0**-24):
+        parameters: dict[str, Any] = {"num_train_timesteps": len(table)}
+        if table[-1] in (0.0, 2.0**-24):
+            parameters |= {"exact_end": True} if exact_end else {}
             # Rescaled linear betas come below that value before the end, where no grid can use them: keep the order.
             end = 2.0**-24 * (1 + 1e-6 * torch.arange(len(table) - 1, -1, -1, dtype=torch.float64))
             table = torch.maximum(table, end)
         padded = torch.cat([torch.ones(1, dtype=torch.float64), table])
         if not bool((padded.diff() < 0).all() and (table > 0).all()):
             raise ValueError("alphas_cumprod must lie in (0, 1) and decrease strictly")
-        n = len(table)
-        return cls("vp_discrete", 1.0, 1.0 / n, {"num_train_timesteps": n}, -0.5 * padded.log())
+        return cls("vp_discrete", 1.0, 1.0 / len(table), parameters, -0.5 * padded.log())
 
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, *, clock: str = "log") -> NoiseSchedule:
@@ -97,15 +104,15 @@ class NoiseSchedule:
         return cls("edm", float(sigma_max), float(sigma_min), parameters)
 
     @classmethod
-    def flow(cls, shift: float = 1.0) -> NoiseSchedule:
+    def flow(cls, shift: float = 1.0, *, inverted: bool = False) -> NoiseSchedule:
         r"""Rectified flow: $\alpha = 1 - t$, $\sigma = t$ on [0, 1] (Liu et al. 2022, arXiv:2209.03003).
 
         ``shift`` moves named time grids, $t \mapsto s t / (1 + (s - 1) t)$ (Esser et al. 2024, arXiv:2403.03206, eq. 23);
-        it does not change $\alpha$ or $\sigma$.
+        it does not change $\alpha$ or $\sigma$. ``inverted``: the network is told $1000 (1 - t)$ (Mochi).
         """
         if not shift > 0:
             raise ValueError(f"flow needs shift > 0, got {shift}")
-        return cls("flow", 1.0, 1e-3, {"shift": float(shift)})
+        return cls("flow", 1.0, 1e-3, {"shift": float(shift)} | ({"inverted": True} if inverted else {}))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -175,7 +182,11 @@ class NoiseSchedule:
             # sin of the complement keeps alpha exact near t = 1; cos^2 A - cos^2 B = sin(B - A) sin(B + A) near t = 0.
             alpha = torch.sin((1.0 - t) / (1 + COSINE_OFFSET) * (math.pi / 2)) / math.cos(start)
             return alpha, (torch.sin(step) * torch.sin(2 * start + step)).clamp(min=0).sqrt() / math.cos(start)
+        if self.kind == "vp_trig":  # sin of the complement: exactly 0 at t = 1
+            return torch.sin((1.0 - t) * (math.pi / 2)), torch.sin(t * (math.pi / 2))
         loss = self._neg_log_alpha(t)
+        if self.parameters.get("exact_end"):
+            loss = torch.where(t == self.t_max, math.inf, loss)
         return torch.exp(-loss), torch.sqrt(-torch.expm1(-2 * loss))
 
     def alpha(self, t: Time) -> Tensor:
@@ -204,6 +215,8 @@ class NoiseSchedule:
             sine = torch.sqrt(s * s + c * c * torch.sigmoid(-2 * lam))
             angle = torch.atan2(sine, c * torch.sigmoid(2 * lam).sqrt())
             return ((angle - start) * ((1 + COSINE_OFFSET) * 2 / math.pi)).clamp(0.0, 1.0)
+        if self.kind == "vp_trig":
+            return torch.atan(torch.exp(-lam)) * (2 / math.pi)
         loss = 0.5 * F.softplus(-2 * lam)  # -log alpha
         if self.kind == "vp_linear":
             low, high = self._betas
@@ -221,14 +234,15 @@ class NoiseSchedule:
     def timestep(self, t: Time) -> Tensor:
         r"""What diffusers networks are given as ``timestep`` at time t, float64.
 
-        VP: $t N - 1$ (N = 1000 for the continuous families); flow: $1000 t$; EDM: as its clock says.
+        VP: $t N - 1$ (N = 1000 for the continuous families), but t itself for "vp_trig"; flow: $1000 t$, or $1000 (1 - t)$ for
+        models whose time is inverted; EDM: as its clock says.
         """
         t = self.clamp(t)
         if self.kind == "edm":
             return 0.25 * torch.log(t) if self.parameters["clock"] == "log" else torch.atan(t) * (2 / math.pi)
         if self.kind == "flow":
-            return 1000.0 * t
-        return t * self._training_steps - 1.0
+            return 1000.0 * (1.0 - t if self.parameters.get("inverted") else t)
+        return t if self.kind == "vp_trig" else t * self._training_steps - 1.0
 
     def t_of_timestep(self, timestep: Time) -> Tensor:
         """The inverse of `timestep`, float64."""
@@ -237,8 +251,8 @@ class NoiseSchedule:
             log = self.parameters["clock"] == "log"
             return torch.exp(4.0 * timestep) if log else torch.tan(timestep * (math.pi / 2))
         if self.kind == "flow":
-            return timestep / 1000.0
-        return (timestep + 1.0) / self._training_steps
+            return 1.0 - timestep / 1000.0 if self.parameters.get("inverted") else timestep / 1000.0
+        return timestep if self.kind == "vp_trig" else (timestep + 1.0) / self._training_steps
 
 
 def _cosine_angles(t: Tensor) -> tuple[float, Tensor]:

@@ -12,7 +12,8 @@ EPSILON = "epsilon"
 SAMPLE = "sample"
 V_PREDICTION = "v_prediction"
 FLOW_PREDICTION = "flow_prediction"
-PARAMETRIZATIONS = (EPSILON, SAMPLE, V_PREDICTION, FLOW_PREDICTION)
+REVERSED_FLOW_PREDICTION = "reversed_flow_prediction"
+PARAMETRIZATIONS = (EPSILON, SAMPLE, V_PREDICTION, FLOW_PREDICTION, REVERSED_FLOW_PREDICTION)
 
 Scalar = float | Tensor
 
@@ -32,8 +33,8 @@ def x0_coefficients(kind: str, alpha: Scalar, sigma: Scalar, sigma_data: float |
     r"""$(c_x, c_o)$ with $x_0 = c_x x_t + c_o\,\mathrm{output}$.
 
     epsilon: output $= \epsilon$. sample: output $= x_0$. v_prediction: output $= \alpha\epsilon - \sigma x_0$ (Salimans & Ho
-    2022, arXiv:2202.00512). flow_prediction: output $= \epsilon - x_0$. The last two also hold off their usual schedules
-    ($\alpha^2 + \sigma^2 = 1$, $\alpha + \sigma = 1$).
+    2022, arXiv:2202.00512). flow_prediction: output $= \epsilon - x_0$. reversed_flow_prediction: output $= x_0 - \epsilon$
+    (Mochi). These also hold off their usual schedules ($\alpha^2 + \sigma^2 = 1$, $\alpha + \sigma = 1$).
 
     Args:
         kind: one of `PARAMETRIZATIONS`.
@@ -60,7 +61,7 @@ def x0_coefficients(kind: str, alpha: Scalar, sigma: Scalar, sigma_data: float |
         norm = alpha**2 + sigma**2
         return alpha / norm, -sigma / norm
     norm = alpha + sigma
-    return 1 / norm, -sigma / norm
+    return 1 / norm, (sigma if kind == REVERSED_FLOW_PREDICTION else -sigma) / norm
 
 
 def to_x0(output: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, kind: str, sigma_data: float | None = None) -> Tensor:

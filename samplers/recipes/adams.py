@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from ..noise import NoiseSchedule
 from ..strategy import Corrector, Noise, StepStrategy
 from .dpmpp import multistep_orders
 from .grids import TimeGrid
@@ -46,6 +50,34 @@ def ipndm(grid: TimeGrid, *, order: int = 4) -> tuple[StepStrategy, ...]:
     if not 1 <= order <= 4:
         raise ValueError(f"ipndm: order must be 1..4, got {order}")
     return tuple(StepStrategy(order=min(order, i + 1), pred="eps", axis="index") for i in range(grid.n))
+
+
+def pndm(grid: TimeGrid, *, order: int = 4) -> tuple[StepStrategy, ...]:
+    r"""PNDM (Liu et al. 2022, arXiv:2202.09778) with the linear multistep start (PLMS): iPNDM after a corrected first step.
+
+    One NFE a step and one more in the first, which is redone with the mean of both noise predictions (from 3 NFE on);
+    where alpha is 0 at first, the second step is. Like `ipndm` it ignores
+    the ratio of the steps: of order ``order`` (2 at most after the first step's error) on grids even in sigma / alpha only.
+
+    Args:
+        grid: the times; `pndm_macro` says how many.
+        order: 2..4; the first steps use what history there is.
+
+    Raises:
+        ValueError: an order outside 2..4.
+    """
+    if not 2 <= order <= 4:
+        raise ValueError(f"pndm: order must be 2..4, got {order}")
+    steps = list(ipndm(grid, order=order))
+    if grid.nfe > grid.n:
+        corrector = Corrector(order=2, reeval=True)
+        steps[int(grid.from_pure_noise)] = StepStrategy(order=1, pred="eps", axis="index", corr=corrector)
+    return tuple(steps)
+
+
+def pndm_macro(noise: NoiseSchedule, nfe: int, options: Mapping[str, Any]) -> int:
+    """Steps of the grid: from three evaluations on (four where alpha is 0 at first), one is for the second look."""
+    return nfe if nfe < 3 + bool(noise.alpha(noise.t_max) == 0) else nfe - 1
 
 
 def lms(grid: TimeGrid, *, order: int = 4) -> tuple[StepStrategy, ...]:
@@ -98,10 +130,11 @@ def sa_solver(
         raise ValueError(f"sa_solver: order must be 1..4 and corrector 0, 2, 3 or 4, got {order} and {corrector}")
     if not tau >= 0:
         raise ValueError(f"sa_solver: tau must be >= 0, got {tau}")
-    top = grid.noise.timestep(grid.noise.t_max).item() + 1 if grid.noise.family == "vp" else grid.noise.t_max
+    discrete = grid.noise.family == "vp" and grid.noise.kind != "vp_trig"
+    top = grid.noise.timestep(grid.noise.t_max).item() + 1 if discrete else grid.noise.t_max
     steps = []
     for i in range(grid.n):
-        place = grid.noise.timestep(grid.times[i]).item() if grid.noise.family == "vp" else grid.times[i]
+        place = grid.noise.timestep(grid.times[i]).item() if discrete else grid.times[i]
         noise = Noise(kind="tau", amount=tau) if tau and low <= place / top <= high else None
         p, c = min(order, i + 1), min(corrector, i + 2)
         if lower_order_final:

@@ -9,11 +9,12 @@ from typing import Any
 
 from ..noise import NoiseSchedule
 from ..strategy import StepStrategy
-from .adams import deis, ipndm, lms, sa_solver
+from .adams import deis, ipndm, lms, pndm, pndm_macro, sa_solver
 from .dpmpp import dpmpp
 from .first_order import ddim, ddpm, euler, euler_ancestral, lcm, tcd, tcd_expand
+from .midpoint import dpmpp_sde, dpmpp_sde_expand, kdpm2, kdpm2_expand, midpoint_per_step
 from .restart import restart, restart_expand, restart_macro
-from .singlestep import dpm, heun, kdpm2, kdpm2_expand, midpoint_per_step, two_per_step
+from .singlestep import dpm, heun, two_per_step
 from .unipc import unipc
 
 Options = Mapping[str, Any]
@@ -120,11 +121,21 @@ RECIPES = {
             "kdpm2",
             kdpm2,
             "inclusive",
-            order=lambda o: 2,
+            order=lambda o: None if o["eta"] else 2,
             nfe_per_step=2,
             macro=midpoint_per_step,
             expand=kdpm2_expand,
-            known_as=_known("KDPM2DiscreteScheduler", "sample_dpm_2", "dpm_2", "DPM2"),
+            known_as=_known("KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler", "sample_dpm_2", "dpm_2", "DPM2"),
+        ),
+        Recipe(
+            "dpmpp_sde",
+            dpmpp_sde,
+            "inclusive",
+            order=lambda o: None,
+            nfe_per_step=2,
+            macro=midpoint_per_step,
+            expand=dpmpp_sde_expand,
+            known_as=_known("DPMSolverSDEScheduler", "sample_dpmpp_sde", "dpmpp_sde", "DPM++ SDE"),
         ),
         Recipe(
             "dpm",
@@ -145,6 +156,14 @@ RECIPES = {
         Recipe("unipc", unipc, honours=("thresholding",), known_as=_known("UniPCMultistepScheduler", "", "uni_pc", "UniPC")),
         Recipe("deis", deis, honours=("thresholding",), known_as=_known("DEISMultistepScheduler", "", "deis")),
         Recipe("ipndm", ipndm, "inclusive", order_grid="even-sigma", known_as=_known("IPNDMScheduler", "", "ipndm")),
+        Recipe(
+            "pndm",
+            pndm,
+            "inclusive",
+            order_grid="even-sigma",
+            macro=pndm_macro,
+            known_as=_known("PNDMScheduler", "", "", "PLMS"),
+        ),
         Recipe("lms", lms, "inclusive", known_as=_known("LMSDiscreteScheduler", "sample_lms", "lms", "LMS")),
         Recipe(
             "sa_solver",
@@ -192,10 +211,19 @@ ALIASES: dict[str, str] = {
     "ipndm_v": "lms:order=4",
     "euler_a": "euler_ancestral",
     "dpm_2": "kdpm2",
+    "dpm_2_ancestral": "kdpm2:eta=1",
+    "dpm_2_a": "kdpm2:eta=1",
+    "dpmpp_2s_ancestral": "kdpm2:pred=x0,eta=1",
+    "dpmpp_2s_a": "kdpm2:pred=x0,eta=1",
+    "plms": "pndm",
+    "PNDMScheduler": "pndm",
     "sample_euler": "euler",
     "sample_euler_ancestral": "euler_ancestral",
     "sample_heun": "heun",
     "sample_dpm_2": "kdpm2",
+    "sample_dpm_2_ancestral": "kdpm2:eta=1",
+    "sample_dpmpp_2s_ancestral": "kdpm2:pred=x0,eta=1",
+    "sample_dpmpp_sde": "dpmpp_sde",
     "sample_lms": "lms",
     "sample_dpmpp_2m": "dpmpp:order=2",
     "sample_dpmpp_2m_sde": "dpmpp:order=2,tau=1",
@@ -208,6 +236,8 @@ ALIASES: dict[str, str] = {
     "HeunDiscreteScheduler": "heun",
     "FlowMatchHeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "kdpm2",
+    "KDPM2AncestralDiscreteScheduler": "kdpm2:eta=1",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
     "DPMSolverMultistepScheduler": "dpmpp:order=2",
     "DPMSolverSinglestepScheduler": "dpmpp:order=2,method=singlestep",
     "UniPCMultistepScheduler": "unipc:order=2",

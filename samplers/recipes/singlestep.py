@@ -1,15 +1,14 @@
-"""Rules that evaluate the network inside a step: Heun, DPM-Solver-2 at the midpoint, and DPM-Solver's single-step orders."""
+"""Rules that evaluate the network inside a step: Heun, and DPM-Solver's single-step orders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 from ..noise import NoiseSchedule
 from ..strategy import Corrector, StepStrategy
 from .dpmpp import taylor_steps
-from .grids import TimeGrid, lambda_between
+from .grids import TimeGrid
 
 
 def heun(grid: TimeGrid) -> tuple[StepStrategy, ...]:
@@ -33,38 +32,6 @@ def two_per_step(noise: NoiseSchedule, nfe: int, options: Mapping[str, Any]) -> 
     """Steps that ``nfe`` evaluations make: two a step, one in the last, and one in the first where alpha is 0."""
     alone = noise.family == "vp" and bool(noise.alpha(noise.t_max) == 0)
     return min(nfe, (nfe + 3) // 2) if alone else nfe // 2 + 1
-
-
-def midpoint_per_step(noise: NoiseSchedule, nfe: int, options: Mapping[str, Any]) -> int:
-    """The same for the midpoint rule, whose noise form cannot restart from alpha = 0 in flow models either."""
-    return min(nfe, (nfe + 3) // 2) if bool(noise.alpha(noise.t_max) == 0) else nfe // 2 + 1
-
-
-def kdpm2(grid: TimeGrid) -> tuple[StepStrategy, ...]:
-    r"""DPM-Solver-2 (Lu et al. 2022, arXiv:2206.00927, algorithm 1) as k-diffusion's dpm_2: midpoint in $\log(\sigma/\alpha)$.
-
-    Order 2, two NFE a step: an Euler step to the middle, then the whole step with the middle's noise prediction alone. The
-    step to sigma = 0, and with an even NFE the one before it, is Euler; so is a step from alpha = 0.
-
-    Args:
-        grid: the times, midpoints included.
-    """
-    first = StepStrategy(order=1, pred="eps")
-    second = StepStrategy(order=2, pred="eps", start=-2, relax=("bh2",))
-    alone = int(grid.from_pure_noise and grid.n > 1)
-    pairs = (grid.n - 1 - alone) // 2
-    return (first,) * alone + (first, second) * pairs + (first,) * (grid.n - alone - 2 * pairs)
-
-
-def kdpm2_expand(noise: NoiseSchedule, times: tuple[float, ...], nfe: int, options: Mapping[str, Any]) -> tuple[float, ...]:
-    """Put the midpoints in: as many as the evaluations allow, earliest steps first."""
-    out = [times[0]]
-    alone = int(bool(noise.alpha(times[0]) == 0))
-    for i, (t, s) in enumerate(pairwise(times)):
-        if alone <= i < alone + nfe - (len(times) - 1):
-            out.append(lambda_between(noise, t, s, 0.5))
-        out.append(s)
-    return tuple(out)
 
 
 def dpm(

@@ -13,6 +13,7 @@ from ..strategy import Evaluation, SolverSchedule
 from .catalogue import ALIASES, RECIPES, Recipe, canonical
 from .first_order import tcd_expand
 from .grids import DEFAULT_GRIDS, RHO, TimeGrid, grid_named, times
+from .midpoint import dpmpp_sde_expand, kdpm2_expand
 from .restart import restart_expand
 
 COMMON: dict[str, Any] = {
@@ -150,13 +151,13 @@ def parse_recipe(text: str) -> RecipeText:
         keys.add(key)
     if found.final is not None and "final" not in keys:
         common["final"] = found.final
-    _check_common(text, found, common)
+    _check_common(text, found, options, common)
     # Options of the right type but outside their range fail here, before any use.
     found.steps(TimeGrid(NoiseSchedule.vp_linear(), (1.0, 0.7, 0.4, 0.1), 3), **options)
     return RecipeText(found, options, common, frozenset(keys))
 
 
-def _check_common(text: str, found: Recipe, common: Mapping[str, Any]) -> None:
+def _check_common(text: str, found: Recipe, options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     if common["grid"] is not None:
         grid_named(common["grid"])
     if common["afs"] not in _SOURCES:
@@ -167,7 +168,8 @@ def _check_common(text: str, found: Recipe, common: Mapping[str, Any]) -> None:
         raise ValueError(f"rho must be positive, got {common['rho']}")
     if common["shift"] is not None and not common["shift"] > 0:
         raise ValueError(f"shift must be positive, got {common['shift']}")
-    if common["inverse"] and (common["afs"] != "none" or found.expand in (tcd_expand, restart_expand)):
+    jumps = found.expand in (tcd_expand, restart_expand, dpmpp_sde_expand) or (found.expand is kdpm2_expand and options["eta"])
+    if common["inverse"] and (common["afs"] != "none" or jumps):
         raise ValueError(f"recipe {text!r}: the inverse direction has no analytic first step and no jumps in time")
 
 

@@ -1,4 +1,4 @@
-"""Noise for stochastic schedules, drawn as diffusers draws it; and noising of clean samples."""
+"""Noise for stochastic schedules, drawn as diffusers draws it; and noising of clean samples for training and img2img."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..config_reader import ModelConfig
 from ..noise import NoiseSchedule
+from ..parametrization import FLOW_PREDICTION, REVERSED_FLOW_PREDICTION
 
 
 def noise_like(
@@ -50,3 +52,27 @@ def levels_like(noise_schedule: NoiseSchedule, x: Tensor, timesteps: Tensor) -> 
     t = noise_schedule.t_of_timestep(torch.atleast_1d(timesteps).to("cpu", torch.float64))
     shape = (-1, *[1] * (x.ndim - 1))
     return tuple(level.to(x).reshape(shape) for level in noise_schedule.alpha_sigma(t))  # type: ignore[return-value]
+
+
+class Noising:
+    """The forward process under diffusers' names, for a scheduler with a noise schedule."""
+
+    noise_schedule: NoiseSchedule
+    model_config: ModelConfig
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise x0 to ``timesteps`` (B,): alpha x0 + sigma noise, in the dtype of ``original_samples``."""
+        alpha, sigma = levels_like(self.noise_schedule, original_samples, timesteps)
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` in the argument order of flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The training target of v-prediction, alpha noise - sigma x0 (flow: noise - x0; reversed flow: x0 - noise)."""
+        kind = self.model_config.prediction_type
+        if kind in (FLOW_PREDICTION, REVERSED_FLOW_PREDICTION):
+            return noise - sample if kind == FLOW_PREDICTION else sample - noise
+        alpha, sigma = levels_like(self.noise_schedule, sample, timesteps)
+        return alpha * noise - sigma * sample

@@ -15,23 +15,23 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from ..config_reader import ModelConfig, alphas_cumprod_of, betas_of, read_config
+from ..config_reader import TRIG, ModelConfig, alphas_cumprod_of, betas_of, read_config
 from ..engine import Engine
-from ..parametrization import FLOW_PREDICTION, to_x0
+from ..parametrization import EPSILON, to_x0
 from ..recipes import RecipeText, parse_recipe
 from ..strategy import SolverSchedule
 from ..tableau import Tableau
 from .clipping import clip_from_config
-from .noising import levels_like, noise_like
+from .noising import Noising, noise_like
 from .opening import check_opened
 from .output import SolverSchedulerOutput
 from .sources import load_mean, resolve_schedule, split_config
-from .times import schedule_for
+from .times import place_of, schedule_for, with_ddim_arguments
 
 DEFAULT_SCHEDULE = "dpmpp:order=2"
 
 
-class SolverScheduler(SchedulerMixin, ConfigMixin):
+class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
     """A diffusers scheduler that runs a solver schedule: recipe text, or a fixed schedule found by search.
 
     ``num_inference_steps`` is the number of network evaluations, each an entry of ``timesteps``; ``order`` is always 1. The
@@ -87,6 +87,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         max_image_seq_len: int = 4096,
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
+        invert_sigmas: bool = False,
         statistics: str | None = None,
         first_x0: str | None = None,
         noise_seed: int | None = None,
@@ -112,6 +113,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
             sigma_min, sigma_max, sigma_data, sigma_schedule, clock: noise levels and preconditioning (edm).
             shift, shift_terminal: static time shift (flow).
+            invert_sigmas: the network is told 1 - sigma and predicts x0 - eps (flow: Mochi).
             use_dynamic_shifting, time_shift_type: the pipeline passes ``mu`` (flow).
             base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines that compute ``mu``.
             statistics: path of empirical model statistics, for the steps that use them.
@@ -132,13 +134,16 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             # What names the model always travels with the config; diffusers drops the rest on the way to another class.
             self.register_to_config(_use_default_values=sorted(set(implied) - {"family", "prediction_type"}))
         self.model_config: ModelConfig = read_config(self.config)
-        self.noise_schedule = self.model_config.noise_schedule()
         self.source = parse_recipe(schedule) if isinstance(schedule, str) else SolverSchedule.from_dict(schedule)
+        honours = self.source.recipe.honours if isinstance(self.source, RecipeText) else ()
+        # Classes that clip x0 (DDIM, DDPM, LCM, TCD) take zero terminal signal-to-noise exactly in-tree, the others nearly.
+        exact_end = "clip_sample" in honours and self.model_config.prediction_type != EPSILON
+        self.noise_schedule = self.model_config.noise_schedule(exact_end=exact_end)
         if statistics is not None:
             raise ValueError("statistics: no step strategy of this version uses empirical model statistics")
         self._first_x0 = None if first_x0 is None else load_mean(first_x0)
         self.betas, self.alphas_cumprod = None, None
-        if self.model_config.family == "vp":
+        if self.model_config.family == "vp" and beta_schedule != TRIG:
             self.betas, self.alphas_cumprod = betas_of(self.config), alphas_cumprod_of(self.config)
         elif trained_betas is not None:
             self.betas = torch.as_tensor(trained_betas, dtype=torch.float32)
@@ -249,7 +254,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _level(self, t: Tensor) -> Tensor:
         """Noise levels as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
         alpha, sigma = self.noise_schedule.alpha_sigma(t)
-        return sigma / alpha if self.model_config.family == "vp" else sigma
+        if self.model_config.family == "vp":
+            return sigma / alpha
+        return alpha if self.config.invert_sigmas else sigma
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this entry of ``timesteps`` (img2img); also saves the look-up by value, hence a device sync."""
@@ -257,10 +264,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Index of a timestep; the second where it occurs twice, the last where it does not occur."""
-        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        value = timestep.to(grid) if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=grid.dtype, device=grid.device)
-        found = (grid == value).nonzero().flatten().tolist()
-        return int(found[1] if len(found) > 1 else found[0] if found else len(grid) - 1)
+        return place_of(timestep, self.timesteps if schedule_timesteps is None else schedule_timesteps)
 
     # ---- in the loop ---------------------------------------------------------------------------------------------
 
@@ -303,17 +307,17 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             sample: (B, *E), the state the output belongs to; edits made since the last step are honoured.
             generator: noise source of stochastic schedules.
             return_dict: a `SolverSchedulerOutput`, or a tuple of the same.
-            eta: DDIM pipelines pass it; only 0, since noise is the recipe's.
-            use_clipped_model_output: likewise; only None or False.
+            eta: DDIM's share of ancestral noise, where the recipe is ddim; the same in every step.
+            use_clipped_model_output: DDIM's: noise predictions follow a clipped x0; likewise.
 
         Raises:
             RuntimeError: before `set_timesteps`, or after the last step.
-            ValueError: shapes that do not fit, or other values of the last two.
+            ValueError: shapes that do not fit; the last two with another recipe, or not the same in every step.
         """
-        if eta or use_clipped_model_output:
-            raise ValueError("eta and use_clipped_model_output do nothing here: choose noise in the recipe, as in 'ddim:eta=1'")
         if self.tableau is None:
             raise RuntimeError("call set_timesteps before step")
+        if (asked := (eta, bool(use_clipped_model_output))) != self._ddim_arguments:
+            self._take_ddim_arguments(*asked)
         if self._engine is None:
             if self._opening is not None and sample is self._opening[1]:
                 sample = self._opening[0]  # DiT goes on from the scaled input itself: open it once, not twice
@@ -340,6 +344,20 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, x0
         return SolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _take_ddim_arguments(self, eta: float, use_clipped_model_output: bool) -> None:
+        """Compile the run's schedule anew, with what DDIM pipelines pass to every `step`."""
+        if not (isinstance(self.source, RecipeText) and self.source.recipe.name == "ddim"):
+            raise ValueError(
+                f"eta={eta} and use_clipped_model_output={use_clipped_model_output} belong to DDIM, and the schedule is "
+                f"{self.config.schedule!r}: leave them out, or use 'ddim'"
+            )
+        if self._engine is not None:
+            raise ValueError("eta and use_clipped_model_output must be the same in every step")
+        assert self.solver_schedule is not None
+        self.solver_schedule = with_ddim_arguments(self.solver_schedule, eta, use_clipped_model_output)
+        self.tableau = Tableau.build(self.solver_schedule, self.noise_schedule, first_x0=self._first_x0)
+        self._ddim_arguments = (eta, use_clipped_model_output)
 
     def _first_index(self, timestep: float | Tensor | None) -> int:
         if self._begin_index is not None:
@@ -369,26 +387,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._engine: Engine | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._ddim_arguments: tuple[float, bool] = (0.0, False)
         self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it
         self.opened_sizes: frozenset[int] = frozenset()  # values per sample that a hook opened in the network's input
-
-    # ---- noising -------------------------------------------------------------------------------------------------
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise x0 to ``timesteps`` (B,): alpha x0 + sigma noise, in the dtype of ``original_samples``."""
-        alpha, sigma = levels_like(self.noise_schedule, original_samples, timesteps)
-        return alpha * original_samples + sigma * noise.to(original_samples)
-
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`add_noise` in the argument order of flow schedulers."""
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The training target of v-prediction, alpha noise - sigma x0 (flow: noise - x0)."""
-        if self.model_config.prediction_type == FLOW_PREDICTION:
-            return noise - sample
-        alpha, sigma = levels_like(self.noise_schedule, sample, timesteps)
-        return alpha * noise - sigma * sample
 
 
 def _wide(x: Tensor) -> Tensor:

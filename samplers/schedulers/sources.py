@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config_reader import ModelConfig, flow_shift_of, read_config
+from ..config_reader import TRIG, ModelConfig, flow_shift_of, read_config
 from ..recipes import ALIASES, RECIPES, canonical
 from ..strategy import SolverSchedule, shipped_schedules
 
@@ -63,14 +63,14 @@ def split_config(config: Mapping[str, Any] | None, known: Set[str]) -> tuple[Mod
     implied = raw.pop("_use_default_values", ())
     if "family" in raw:  # once ours: what a class in between has filled in says nothing about the model
         raw = {key: value for key, value in raw.items() if key not in implied}
-    if raw.get("invert_sigmas"):
-        raise ValueError("invert_sigmas=True (Mochi) is not supported: its time runs the other way")
     model = read_config(raw)
     raw |= {"family": model.family, "prediction_type": model.prediction_type}
     if model.family == "flow":
         raw["shift"] = flow_shift_of(raw)
     if model.family == "edm":
         raw["clock"] = model.values.get("clock", "log")
+    if model.family == "vp" and model.values.get("beta_schedule") == TRIG:
+        raw["beta_schedule"] = TRIG
     mine = {key: value for key, value in raw.items() if key in known and not (value is None and key in _NEVER_NONE)}
     foreign = {key: value for key, value in raw.items() if key not in known}
     if "_class_name" in foreign:

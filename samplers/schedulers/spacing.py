@@ -37,6 +37,9 @@ def config_times(
         return (*flow_times(config, n, mu).tolist(), 0.0)
     if noise.family == "edm":
         points = _sigma_ramp(noise.t_max, noise.t_min, n, str(config.get("sigma_schedule") or "karras"), config)
+    elif noise.kind == "vp_trig":  # IPNDMScheduler's own times: sin(pi t / 2) is a squared sine of an even clock
+        even = torch.linspace(1, 0, n + 1, dtype=torch.float64)[:-1]
+        points = torch.asin(torch.sin(even * (math.pi / 2)) ** 2) * (2 / math.pi)
     elif (kind := _named_ramp(config)) is not None and convention != "distilled":
         high, low = (float(torch.exp(-noise.lam(t))) for t in (1.0, noise.t_min))
         points = noise.t_of_lam(-torch.log(_sigma_ramp(high, low, n, kind, config)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
+from torch import Tensor
 
 from ..noise import NoiseSchedule
 from ..recipes import RecipeText
-from ..strategy import SolverSchedule
+from ..strategy import Noise, SolverSchedule
 from .spacing import config_times, dynamic_shift, end_time, flow_times
 
 
@@ -45,6 +47,25 @@ def schedule_for(
     else:
         at = _callers_times(noise, config, _resampled(given, n), timesteps is not None, convention, final, mu)
     return source.schedule(noise, nfe, at=at)
+
+
+def place_of(timestep: float | Tensor, grid: Tensor) -> int:
+    """Index of a timestep in ``grid`` (N,); the second where it occurs twice, the last where it does not occur."""
+    value = timestep.to(grid) if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=grid.dtype, device=grid.device)
+    found = (grid == value).nonzero().flatten().tolist()
+    return int(found[1] if len(found) > 1 else found[0] if found else len(grid) - 1)
+
+
+def with_ddim_arguments(schedule: SolverSchedule, eta: float, use_clipped_model_output: bool) -> SolverSchedule:
+    """A DDIM schedule with the noise and the treatment of clipped predictions that pipelines pass to `SolverScheduler.step`.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+    noise = Noise(kind="eta", amount=float(eta)) if eta else None
+    keep = not use_clipped_model_output
+    steps = tuple(msgspec.structs.replace(step, noise=noise, keep_eps=keep) for step in schedule.steps)
+    return msgspec.structs.replace(schedule, steps=steps)
 
 
 def _asked_for(

@@ -31,6 +31,7 @@ DETERMINISTIC = [
     "euler_ancestral:eta=0",
     "heun",
     "kdpm2",
+    "pndm",
     "dpm",
     "dpm:order=3",
     "dpmpp",
@@ -45,7 +46,7 @@ DETERMINISTIC = [
     "sa_solver:tau=0",
 ]
 STOCHASTIC = ["ddpm", "ddim:eta=0.5", "euler_ancestral", "dpmpp:tau=1", "dpm:method=multistep,tau=1", "sa_solver", "restart"]
-STOCHASTIC += ["lcm", "tcd", "tcd:eta=0"]
+STOCHASTIC += ["lcm", "tcd", "tcd:eta=0", "kdpm2:eta=1", "dpmpp_sde"]
 
 
 def _also(text: str, option: str) -> str:

@@ -37,16 +37,18 @@ TEXTS = [
     "euler_ancestral:eta=0",
     "heun",
     "kdpm2",
+    "kdpm2:pred=x0",
     *UNIPC,
     *(f"deis:order={order},axis={axis}" for order, axis in itertools.product((1, 2, 3, 4), ("lambda", "t", "sigma"))),
     *(f"lms:order={order}" for order in (1, 2, 3, 4)),
     *(f"sa_solver:order={order},tau=0" for order in (1, 2, 3)),
     *(f"ipndm:order={order}" for order in (1, 2, 3, 4)),
+    *(f"pndm:order={order}" for order in (2, 3, 4)),
 ]
-STOCHASTIC = ["ddpm", "restart", "lcm", "tcd"]  # no order of a deterministic kind is declared
+STOCHASTIC = ["ddpm", "dpmpp_sde", "restart", "lcm", "tcd"]  # no order of a deterministic kind is declared
 # Single-step orders of 3 need their inner nodes at thirds; "even" here is that.
 EVEN_ONLY = [text for text in TEXTS if "order=3,method=singlestep" in text]
-ANY_GRID = [text for text in TEXTS if not text.startswith("ipndm") and text not in EVEN_ONLY]
+ANY_GRID = [text for text in TEXTS if not text.startswith(("ipndm", "pndm")) and text not in EVEN_ONLY]
 BAND = 0.2
 
 
