@@ -7,14 +7,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from tiny_pipelines.harness import relative
+from torch import Tensor
 
 from samplers.schedulers import SolverScheduler, swap
 
@@ -22,9 +27,9 @@ STEPS = 10
 LIMIT = 1e-4
 
 
-def _variant(tiny: Any, cls: type, **inputs: Any) -> Any:
-    """``tiny`` with its components in another pipeline class."""
-    optional = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+def _variant(tiny: Any, cls: type, parts: dict[str, Any] | None = None, **inputs: Any) -> Any:
+    """``tiny`` with its components, and further ``parts``, in another pipeline class."""
+    optional = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, **(parts or {})}
     wanted = inspect.signature(cls.__init__).parameters
     components = {key: value for key, value in {**optional, **tiny.pipe.components}.items() if key in wanted}
     more = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
@@ -40,11 +45,31 @@ def _sd_img2img(build: Callable[[str], Any]) -> Any:
     return _variant(tiny, StableDiffusionImg2ImgPipeline, image=torch.randn(2, 4, 8, 8))
 
 
-def _sd_inpaint(build: Callable[[str], Any]) -> Any:
+def _noisy_half() -> dict[str, Tensor]:
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., 4:] = 1
-    image = torch.randn(2, 4, 8, 8).clamp(-1, 1)
-    return _variant(build("sd"), StableDiffusionInpaintPipeline, image=image, mask_image=mask)
+    return {"image": torch.randn(2, 4, 8, 8).clamp(-1, 1), "mask_image": mask}
+
+
+def _sd_inpaint(build: Callable[[str], Any]) -> Any:
+    return _variant(build("sd"), StableDiffusionInpaintPipeline, **_noisy_half())
+
+
+def _sdxl_inpaint(build: Callable[[str], Any]) -> Any:
+    return _variant(build("sdxl"), StableDiffusionXLInpaintPipeline, **_noisy_half())
+
+
+def _sdxl_img2img(build: Callable[[str], Any]) -> Any:
+    tiny = build("sdxl")
+    del tiny.inputs["height"], tiny.inputs["width"]
+    return _variant(tiny, StableDiffusionXLImg2ImgPipeline, image=torch.randn(2, 4, 8, 8))
+
+
+def _sd_controlnet(build: Callable[[str], Any]) -> Any:
+    tiny = build("sd")
+    net = ControlNetModel.from_unet(tiny.pipe.unet, conditioning_embedding_out_channels=(8,))
+    images = {"image": torch.randn(2, 4, 8, 8), "control_image": torch.rand(2, 3, 8, 8)}
+    return _variant(tiny, StableDiffusionControlNetImg2ImgPipeline, {"controlnet": net.eval()}, **images)
 
 
 def _sd3_img2img(build: Callable[[str], Any]) -> Any:
@@ -61,6 +86,10 @@ IMG2IMG = [
     (_sd_img2img, DPMPP, {"solver_order": 1}, "dpmpp:order=1"),
     (_sd_img2img, DPMPP, {"solver_order": 2}, "dpmpp:order=2"),
     (_sd_inpaint, DPMPP, {"solver_order": 2}, "dpmpp:order=2"),
+    (_sdxl_img2img, DPMPP, {"solver_order": 2}, "dpmpp:order=2"),
+    (_sdxl_inpaint, DPMPP, {"solver_order": 1}, "dpmpp:order=1"),
+    (_sdxl_inpaint, DPMPP, {"solver_order": 2}, "dpmpp:order=2"),
+    (_sd_controlnet, DPMPP, {"solver_order": 2}, "dpmpp:order=2"),
     (_sd3_img2img, FLOW_EULER, {}, "euler"),
     (_flux_img2img, FLOW_EULER, {}, "euler"),
 ]
