@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from samplers.commands import demo, doctor, sample, schedule
+from samplers.commands import demo, doctor, fid, sample, schedule
 from samplers.commands.common import INCOMPLETE, MISSING, USAGE, err_console
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -15,6 +15,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 app.command()(demo.demo)
 app.command()(sample.sample)
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(fid.app, name="fid")
 app.command()(doctor.doctor)
 
 

@@ -1,6 +1,7 @@
 """Evaluation: models by name, comparisons at fixed NFE, features, distances and FID-like runs, pictures."""
 
 from .compare import Comparison, compare, converged
+from .extrapolation import Extrapolation, frechet_infinity
 from .features import (
     EXTRACTORS,
     FeatureExtractor,
@@ -10,12 +11,16 @@ from .features import (
     load_extractor,
     quantise,
 )
+from .fixed_nfe import FixedNfeRun, Model
+from .floors import Floor, frechet_floor
 from .frechet import FrechetReference, frechet_distance, gaussian_wasserstein
+from .image_sources import ImageSource, open_images
 from .kernels import gaussian_kernel_distance, kernel_distance, kernel_distance_subsets
 from .models import Conditioning, MissingModelError, count_calls, generate, load_pipeline
 from .moments import FeatureMoments
 from .neighbours import PRDC, PrecisionRecall, prdc, precision_recall
 from .pictures import comparison_figure, save_grid, save_image, schedule_figure
+from .references import Reference, load_reference, reference_features
 from .transport import energy_distance, sliced_wasserstein
 
 __all__ = [
@@ -23,20 +28,28 @@ __all__ = [
     "PRDC",
     "Comparison",
     "Conditioning",
+    "Extrapolation",
     "FeatureExtractor",
     "FeatureMoments",
     "FeatureProtocol",
+    "FixedNfeRun",
+    "Floor",
     "FrechetReference",
+    "ImageSource",
     "MissingModelError",
+    "Model",
     "PixelFeatures",
     "PrecisionRecall",
     "RandomConvFeatures",
+    "Reference",
     "compare",
     "comparison_figure",
     "converged",
     "count_calls",
     "energy_distance",
     "frechet_distance",
+    "frechet_floor",
+    "frechet_infinity",
     "gaussian_kernel_distance",
     "gaussian_wasserstein",
     "generate",
@@ -44,9 +57,12 @@ __all__ = [
     "kernel_distance_subsets",
     "load_extractor",
     "load_pipeline",
+    "load_reference",
+    "open_images",
     "prdc",
     "precision_recall",
     "quantise",
+    "reference_features",
     "save_grid",
     "save_image",
     "schedule_figure",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from .. import reference
+from ..schedulers import swap
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+IN_TREE = "diffusers:"
 
 
 class MissingModelError(FileNotFoundError):
@@ -86,6 +89,32 @@ def in_tree(pipe: DiffusionPipeline, class_name: str, options: Mapping[str, Any]
         yield pipe.scheduler
     finally:
         pipe.scheduler = old
+
+
+def use_sampler(pipe: DiffusionPipeline, sampler: str) -> AbstractContextManager[SchedulerMixin]:
+    """Run ``pipe`` with a sampler inside the block.
+
+    Args:
+        pipe: the pipeline.
+        sampler: recipe text, path or name of a schedule, or one of diffusers' own as "diffusers:ClassName[:option=value,...]".
+
+    Raises:
+        ValueError: unknown sampler or class.
+    """
+    if not sampler.startswith(IN_TREE):
+        return swap(pipe, sampler)
+    name, _, rest = sampler.removeprefix(IN_TREE).partition(":")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"{sampler!r}: diffusers has no scheduler {name}")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return in_tree(pipe, name, options)
 
 
 @dataclass
