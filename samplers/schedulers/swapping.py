@@ -13,7 +13,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from ..strategy import SolverSchedule
 from .opening import is_later, open_input
@@ -44,7 +44,7 @@ def swap(
         schedule = schedule.to_dict()
     old = pipe.scheduler
     scheduler = SolverScheduler.from_config(old.config, schedule=schedule, _hooked=True, **options)
-    hooks = _open_first_input(pipe, scheduler) if scheduler.analytic_first_step else []
+    hooks = _open_first_inputs(pipe) if scheduler.analytic_first_step else []
     pipe.scheduler = scheduler
     try:
         yield scheduler
@@ -86,8 +86,8 @@ def export(pipe: DiffusionPipeline, path: str | Path) -> Path:
     return path
 
 
-def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> list[Any]:
-    """Apply the analytic first step to the denoiser's first input of a run, unless the pipeline did so itself.
+def _open_first_inputs(pipe: DiffusionPipeline) -> list[Any]:
+    """Apply the analytic first step to the denoiser's first input of every run, unless the pipeline did so itself.
 
     Returns:
         The handles of the hooks that do so, to be removed.
@@ -100,6 +100,9 @@ def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> li
         raise ValueError(f"{type(pipe).__name__} has no unet or transformer to apply the analytic first step to")
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scheduler = pipe.scheduler  # perhaps no longer the one that was put there: callbacks may exchange it
+        if not isinstance(scheduler, SolverScheduler) or not scheduler.analytic_first_step:
+            return None
         due = scheduler.tableau is not None and scheduler.step_index is None and not scheduler.opened
         if not due or scheduler.begin_index not in (None, 0):
             return None
@@ -107,14 +110,12 @@ def _open_first_input(pipe: DiffusionPipeline, scheduler: SolverScheduler) -> li
         if scheduler.begin_index is None and is_later(timestep, scheduler.timesteps):
             return None  # a noisy video or image, in a pipeline that does not say where it begins (Wan video-to-video)
         if args:
-            return (opened(module, args[0], timestep), *args[1:]), kwargs
+            whole, scheduler.opened_sizes = open_input(scheduler.open, module, args[0], timestep)
+            return (whole, *args[1:]), kwargs
         name = next((key for key in _INPUTS if key in kwargs), None)
         if name is None:
             raise ValueError(f"cannot find the state among the inputs of {type(module).__name__}: {', '.join(kwargs)}")
-        return args, {**kwargs, name: opened(module, kwargs[name], timestep)}
-
-    def opened(module: nn.Module, given: Tensor, timestep: Any) -> Tensor:
-        whole, scheduler.opened_sizes = open_input(scheduler.open, module, given, timestep)
-        return whole
+        whole, scheduler.opened_sizes = open_input(scheduler.open, module, kwargs[name], timestep)
+        return args, {**kwargs, name: whole}
 
     return [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers]

@@ -1,5 +1,7 @@
 """Inside the loop of unmodified pipelines: an analytic first step, callbacks, generators, half precision."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +101,29 @@ def test_a_callback_may_stop_the_run(build: Callable[[str], Any]) -> None:
         tiny(5, callback_on_step_end=stop)
     assert len(batches) == 2
     assert torch.equal(tiny(5), whole)  # the next run starts afresh
+
+
+COPIES: list[Callable[[SolverScheduler], SolverScheduler]] = [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("text", ["unipc:order=3", "euler_ancestral", "dpmpp:afs=zero_x0"])
+@pytest.mark.parametrize("name", ["sd", "wan22"])
+def test_a_callback_may_put_a_copy_in_the_schedulers_place(
+    name: str, text: str, duplicate: Callable[[SolverScheduler], SolverScheduler], build: Callable[..., Any]
+) -> None:
+    """In every step: what a run remembers travels with the scheduler."""
+
+    def exchange(pipe: Any, i: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe.scheduler = duplicate(pipe.scheduler)
+        return {}
+
+    tiny = build(name)
+    with swap(tiny.pipe, text, noise_seed=5) as scheduler:
+        expected = tiny(5)
+        assert torch.equal(tiny(5, callback_on_step_end=exchange), expected)
+        assert tiny.pipe.scheduler is not scheduler
+        assert torch.equal(tiny(5), expected)
 
 
 # ---- generators ------------------------------------------------------------------------------------------------------
