@@ -53,7 +53,7 @@ def from_usf(mapping: Mapping[str, Any]) -> SolverSchedule:
                 eval=Evaluation(source=source),
             )
         )
-    return SolverSchedule(times=times, steps=tuple(steps), provenance={"imported_from": "usf"})
+    return SolverSchedule(times=times, steps=tuple(steps), provenance=_provenance(mapping))
 
 
 def _known(value: Any, table: Mapping[str, str], what: str) -> Any:
@@ -87,3 +87,11 @@ def _corrector(entry: Mapping[str, Any]) -> Corrector | None:
     order = int(entry["taylor_order"])
     nodes, relax = _derivatives(entry["derivative_type"], order)
     return Corrector(order=order, nodes=nodes[-1], d_nodes=nodes, relax=relax, reeval=kind == "implicit")
+
+
+def _provenance(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Factors of U-Net skips are kept for `samplers.schedulers.scaled_skips`: they edit the network, not the solver."""
+    facts: dict[str, Any] = {"imported_from": "usf"}
+    if mapping.get("skip_coefficients") is not None:
+        facts["skip_coefficients"] = [float(factor) for factor in mapping["skip_coefficients"]]
+    return facts

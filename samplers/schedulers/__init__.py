@@ -2,10 +2,20 @@
 
 from diffusers import SchedulerMixin
 
+from .skips import SkipScaling, scaled_skips, skip_count
 from .solver_scheduler import SolverScheduler, SolverSchedulerOutput
 from .swapping import export, swap
 
-__all__ = ["SchedulerMixin", "SolverScheduler", "SolverSchedulerOutput", "export", "swap"]
+__all__ = [
+    "SchedulerMixin",
+    "SkipScaling",
+    "SolverScheduler",
+    "SolverSchedulerOutput",
+    "export",
+    "scaled_skips",
+    "skip_count",
+    "swap",
+]
 
 # Saved pipelines name this module, whatever file the class lives in.
 SolverScheduler.__module__ = __name__
