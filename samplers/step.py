@@ -132,3 +132,30 @@ class StepStrategy(Data, frozen=True):
     hist_shift: float = 0.0
     noise: Noise | None = None
     delta: Residual | None = None
+
+
+class ScalarStatistics(Data, frozen=True):
+    """Empirical model statistics with one number per node, small enough to travel inside a schedule.
+
+    Attributes:
+        lam: the first and the last node; the others lie evenly between them.
+        l: per node, as in `samplers.statistics.EmpiricalStatistics`.
+        s: per node.
+        b: per node.
+
+    Raises:
+        ValueError: lists that differ in length or hold fewer than two nodes, or lambda that does not increase.
+    """
+
+    lam: tuple[float, float]
+    l: tuple[float, ...]
+    s: tuple[float, ...]
+    b: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a grid."""
+        if not len(self.l) == len(self.s) == len(self.b) >= 2:
+            counts = f"{len(self.l)}, {len(self.s)} and {len(self.b)}"
+            raise ValueError(f"statistics: l, s and b need one number per node, at least two, got {counts}")
+        if not self.lam[0] < self.lam[1]:
+            raise ValueError(f"statistics: lam must increase, got {self.lam[0]:g} to {self.lam[1]:g}")

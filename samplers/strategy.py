@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from .placement import Stencil, absolute, check_step, check_times, corrector_stencil, predictor_stencil
-from .step import Corrector, Data, Evaluation, Nodes, Noise, Relax, Residual, StepStrategy
+from .step import Corrector, Data, Evaluation, Nodes, Noise, Relax, Residual, ScalarStatistics, StepStrategy
 
 __all__ = [
     "Corrector",
@@ -25,6 +25,7 @@ __all__ = [
     "Noise",
     "Relax",
     "Residual",
+    "ScalarStatistics",
     "SolverSchedule",
     "Stencil",
     "StepStrategy",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 FORMAT = "solver-schedule/1"
+HASHED = ("times", "steps", "clip", "statistics")
 
 
 class SolverSchedule(Data, frozen=True):
@@ -44,6 +46,7 @@ class SolverSchedule(Data, frozen=True):
         name: for people.
         path: the noise schedule the times belong to (its family is checked when the schedule is used), or None.
         clip: clamp x0 to [-clip, clip]; "config" leaves it to the diffusers scheduler's config; None never.
+        statistics: scalar model statistics for its "v3" steps, where they travel with the schedule.
         provenance: anything JSON about where the schedule comes from.
 
     Raises:
@@ -55,6 +58,7 @@ class SolverSchedule(Data, frozen=True):
     name: str = ""
     path: dict[str, Any] | None = None
     clip: float | Literal["config"] | None = None
+    statistics: ScalarStatistics | None = None
     provenance: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +97,7 @@ class SolverSchedule(Data, frozen=True):
     @property
     def digest(self) -> str:
         """Hash of everything that decides the numbers (not of name, path or provenance)."""
-        content = _as_floats({key: value for key, value in self.to_dict().items() if key in ("times", "steps", "clip")})
+        content = _as_floats({key: value for key, value in self.to_dict().items() if key in HASHED})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def stencil(self, i: int) -> Stencil:

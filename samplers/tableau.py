@@ -7,13 +7,14 @@ arithmetic then is differentiable. `samplers.compiler` has the formulas.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .compiler import Compiler
 from .noise import NoiseSchedule
+from .program import Program, program
 from .rows import Query, Row, Stage
 from .statistics import EmpiricalStatistics
 from .statistics.reading import Reader
@@ -36,6 +37,8 @@ class Tableau:
         clip: as in `SolverSchedule`.
         first_x0: (*E) the data's mean, where an analytic first step uses it.
         statistics_shape: shape of the coefficients that come from empirical model statistics, None without such steps.
+        plain: what the engine walks.
+        uniform: what it walks under `torch.compile`.
     """
 
     opening: tuple[Row, ...]
@@ -44,6 +47,8 @@ class Tableau:
     clip: float | str | None
     first_x0: Tensor | None = None
     statistics_shape: torch.Size | None = None
+    plain: Program = field(repr=False, kw_only=True)
+    uniform: Program = field(repr=False, kw_only=True)
 
     @property
     def nfe(self) -> int:
@@ -65,7 +70,8 @@ class Tableau:
             )
         opening = tuple(row.like(x) for row in self.opening)
         stages = tuple(replace(stage, rows=tuple(row.like(x) for row in stage.rows)) for stage in self.stages)
-        return replace(self, opening=opening, stages=stages)
+        plain = program(opening, stages, self.result, self.plain.given)
+        return replace(self, opening=opening, stages=stages, plain=plain, uniform=plain)
 
     @property
     def depth(self) -> int:
@@ -99,13 +105,15 @@ class Tableau:
             schedule: times in the noise schedule's t; tensors make the coefficients differentiable.
             noise_schedule: gives alpha, sigma and lambda of every time.
             first_x0: (*E) mean image, needed by and only by an "average_x0" first step.
-            statistics: empirical model statistics, needed by steps with pred "v3" or "v3-nodes" and ignored without them.
+            statistics: empirical model statistics, needed by steps with pred "v3" or "v3-nodes" unless the schedule has its
+                own, and ignored without such steps.
 
         Raises:
             ValueError: the schedule belongs to another family, a time is out of range, ``first_x0`` or ``statistics``
                 are missing, or a step cannot be placed where it is (naming the step and the reason).
         """
         statistical = [i for i, step in enumerate(schedule.steps) if step.pred in STATISTICAL]
+        statistics = EmpiricalStatistics.of(schedule) if statistics is None else statistics
         if statistical and statistics is None:
             pred = schedule.steps[statistical[0]].pred
             raise ValueError(
@@ -127,18 +135,22 @@ class Tableau:
             key = None
         if key is None or key not in _cache:
             reader = Reader(statistics) if statistical and statistics is not None else None
-            compiled = Compiler(schedule, noise_schedule, reader).run()
+            given = ("x0", *(["first_x0"] if source == "average_x0" else []), *(["one"] if statistical else []))
+            compiled = _lower(*Compiler(schedule, noise_schedule, reader).run(), f"x{len(schedule.steps)}", given)
             if key is not None:
                 _cache[key] = (noise_schedule, compiled)
                 while len(_cache) > CACHE_SIZE:
                     _cache.popitem(last=False)
         else:
             compiled = _cache[key][1]
-        opening, stages = compiled
         shape = statistics.shape if statistical and statistics is not None else None
-        return Tableau(opening, stages, f"x{len(schedule.steps)}", schedule.clip, first_x0, shape)
+        return replace(compiled, clip=schedule.clip, first_x0=first_x0, statistics_shape=shape)
 
 
-_Compiled = tuple[tuple[Row, ...], tuple[Stage, ...]]
+def _lower(opening: tuple[Row, ...], stages: tuple[Stage, ...], result: str, given: tuple[str, ...]) -> Tableau:
+    plain, uniform = (program(opening, stages, result, given, uniform=form) for form in (False, True))
+    return Tableau(opening, stages, result, None, plain=plain, uniform=uniform)
+
+
 # The noise schedule is kept beside the result so that its id stays taken.
-_cache: OrderedDict[tuple[str, int], tuple[NoiseSchedule, _Compiled]] = OrderedDict()
+_cache: OrderedDict[tuple[str, int], tuple[NoiseSchedule, Tableau]] = OrderedDict()

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import msgspec
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..noise import NoiseSchedule
+from ..strategy import ScalarStatistics, SolverSchedule
+
 FORMAT = "empirical-statistics/1"
+LAM_FLOOR = -7.0  # where grids begin if the noise schedule begins at alpha = 0
 UNEVEN = 1e-4  # how far steps of the grid may differ, relative: float32 grids are accepted
 
 
@@ -77,17 +84,64 @@ class EmpiricalStatistics:
         """Whether every node has the same statistics."""
         return all(bool((value == value[:1]).all()) for value in (self.l, self.s, self.b))
 
-    def pooled(self, *, channels: bool = False) -> EmpiricalStatistics:
-        """Means over all positions: one number per node, or with ``channels`` one per node and channel, (n + 1, C, 1, ...).
+    def embed(self, schedule: SolverSchedule) -> SolverSchedule:
+        """``schedule`` with these statistics inside, so that it needs no file of them.
 
         Raises:
-            ValueError: ``channels`` where a node has no channel axis.
+            ValueError: these statistics are not one number per node, as estimates with ``pool="all"`` are. (The mean over
+                elements of finer statistics is something else, and worse than none.)
         """
-        if channels and self.l.ndim < 2:
-            raise ValueError("channels=True needs statistics with a channel axis, (n + 1, C, ...)")
-        axes = tuple(range(2 if channels else 1, self.l.ndim))
-        l, s, b = (value.double().mean(axes, keepdim=channels) if axes else value for value in (self.l, self.s, self.b))
-        return EmpiricalStatistics(self.lam, l, s, b, {**self.provenance, "pooled": "channels" if channels else "all"})
+        if self.shape:
+            raise ValueError(f"only one number per node fits into a schedule, got shape {tuple(self.shape)}; use pool='all'")
+        first, last = self.lam[0].item(), self.lam[-1].item()
+        l, s, b = (tuple(value.double().tolist()) for value in (self.l, self.s, self.b))
+        return msgspec.structs.replace(schedule, statistics=ScalarStatistics(lam=(first, last), l=l, s=s, b=b))
+
+    @classmethod
+    def of(cls, schedule: SolverSchedule) -> EmpiricalStatistics | None:
+        """The statistics that `embed` put into ``schedule``, or None."""
+        inside = schedule.statistics
+        if inside is None:
+            return None
+        lam = torch.linspace(*inside.lam, len(inside.l), dtype=torch.float64)
+        l, s, b = (torch.tensor(value, dtype=torch.float64) for value in (inside.l, inside.s, inside.b))
+        return cls(lam, l, s, b)
+
+    @classmethod
+    def estimate(
+        cls,
+        denoiser: Callable[[Tensor, Tensor], Tensor],
+        noise_schedule: NoiseSchedule,
+        x0_batch: Tensor | Iterable[Tensor],
+        nodes: int = 120,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> EmpiricalStatistics:
+        """Estimate them from data, or from samples of a teacher, noised to every node.
+
+        Needs at every node and batch one Jacobian-vector product per probe and two evaluations.
+
+        Args:
+            denoiser: ``denoiser(x, t) -> x0``, differentiable in x.
+            noise_schedule: the denoiser's.
+            x0_batch: (N, *E) floating point, or an iterable of such batches (read once). Estimates are as noisy as
+                1 / sqrt(N); a thousand samples are a good start.
+            nodes: n; the grid has n + 1 nodes even in lambda.
+            generator: decides the noise and the probes.
+            options: ``batch_size`` (64) splits a tensor; ``t_start`` and ``t_end`` bound the grid (t_max and t_min; where
+                alpha is 0 at t_max, lambda starts at -7); ``pool`` "none", "channels" or "all": one set of numbers per
+                element, per channel, or in total; ``probes`` (1) random vectors of the diagonal's estimate; ``derivatives``
+                "forward" (exact) or "difference" (for networks with an operator that has no forward mode); ``checkpoint``:
+                a file that is written after every batch and resumed from, given the same data in the same order;
+                ``progress(done, total)``: called after every node, ``total`` None for an iterable without length.
+
+        Raises:
+            ValueError: values out of range, batches that do not fit, or a checkpoint of another estimate.
+            RuntimeError: no forward-mode derivative; the message says what to do.
+        """
+        from .estimate import estimate
+
+        return estimate(denoiser, noise_schedule, x0_batch, nodes, generator, **options)
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -123,3 +177,52 @@ class EmpiricalStatistics:
             return cls(lam, l, s, b, provenance)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_npz(
+        cls,
+        folder: str | Path,
+        noise_schedule: NoiseSchedule,
+        *,
+        t_end: float,
+        t_start: float | None = None,
+    ) -> EmpiricalStatistics:
+        """Read the pair ``l.npz`` and ``sb.npz`` in which the authors of DPM-Solver-v3 publish statistics.
+
+        Args:
+            folder: where the two files are.
+            noise_schedule: of the model they were made for; the files do not hold lambda.
+            t_end: the cleanest time they were made for; it begins the published folder's name, as in "0.0001_1200_4096".
+            t_start: the noisiest; t_max when None.
+
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            ValueError: they lack l, s or b, or hold something else than arrays of one shape.
+        """
+        arrays: dict[str, Tensor] = {}
+        for file, names in (("l.npz", ("l",)), ("sb.npz", ("s", "b"))):
+            path = Path(folder) / file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; published statistics are a folder with l.npz and sb.npz")
+            try:
+                with np.load(path, allow_pickle=False) as content:
+                    arrays |= {name: torch.from_numpy(np.asarray(content[name])) for name in names}
+            except (KeyError, ValueError, TypeError, OSError, BadZipFile) as error:
+                raise ValueError(f"{path}: not an archive with {' and '.join(names)}: {error}") from None
+        lam = node_grid(noise_schedule, len(arrays["l"]) - 1, t_start, t_end)
+        return cls(lam, arrays["l"], arrays["s"], arrays["b"], {"imported_from": "npz", "path": noise_schedule.kind})
+
+
+def node_grid(noise_schedule: NoiseSchedule, nodes: int, t_start: float | None, t_end: float | None) -> Tensor:
+    """(nodes + 1,) lambda, even, from ``t_start`` (t_max, or where alpha becomes positive) to ``t_end`` (t_min).
+
+    Raises:
+        ValueError: fewer than two nodes, or times that do not enclose a finite interval.
+    """
+    first = noise_schedule.lam(noise_schedule.t_max if t_start is None else t_start).item()
+    last = noise_schedule.lam(noise_schedule.t_min if t_end is None else t_end).item()
+    if t_start is None:
+        first = max(first, LAM_FLOOR)
+    if nodes < 1 or not -float("inf") < first < last < float("inf"):
+        raise ValueError(f"t_start and t_end must enclose finite lambda, got {nodes + 1} nodes from {first:g} to {last:g}")
+    return torch.linspace(first, last, nodes + 1, dtype=torch.float64)
