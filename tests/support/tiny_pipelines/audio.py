@@ -10,12 +10,15 @@ from diffusers import (
     AudioLDM2UNet2DConditionModel,
     AutoencoderOobleck,
     CosineDPMSolverMultistepScheduler,
+    DanceDiffusionPipeline,
     DDIMScheduler,
     EDMDPMSolverMultistepScheduler,
+    IPNDMScheduler,
     SchedulerMixin,
     StableAudioDiTModel,
     StableAudioPipeline,
     StableAudioProjectionModel,
+    UNet1DModel,
 )
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
@@ -106,3 +109,21 @@ def audioldm2() -> Tiny:
     masks = {"attention_mask": mask, "negative_attention_mask": mask}
     inputs = {**embeddings(), **generated, **masks, **LATENT, "audio_length_in_s": 8 * 4 / 16000}
     return Tiny(pipe, inputs, first_order=[DPM_FIRST, DDIM_FIRST])
+
+
+def dance() -> Tiny:
+    """Dance Diffusion: raw waveforms, and a scheduler without betas or prediction type."""
+    unet = UNet1DModel(
+        block_out_channels=(32, 32, 32),
+        extra_in_channels=16,
+        sample_size=128,
+        sample_rate=16000,
+        in_channels=2,
+        out_channels=2,
+        flip_sin_to_cos=True,
+        time_embedding_type="fourier",
+        time_embedding_dim=16,
+    )
+    pipe = DanceDiffusionPipeline(unet=unet, scheduler=IPNDMScheduler())
+    same = [("ipndm:afs=zero_x0", IPNDMScheduler, {})]
+    return Tiny(pipe, {"batch_size": BATCH}, rows=BATCH, first_order=same, lost_answers=1)

@@ -1,5 +1,6 @@
 """A pipeline with random weights, and ways to call it, to count its network calls and to look into them."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Tiny:
     first_order: list[tuple[str, type, dict[str, Any]]] = field(default_factory=list)  # ours, in-tree, its options
     sigmas: list[float] | None = None  # of 8 steps, passed to ours where the in-tree class places them differently
     whole_steps: bool = False  # the in-tree class cuts flow timesteps to integers: show the network such in both
-    conditioned: bool = False  # the network's input holds more than the state
+    lost_answers: int = 0  # of the in-tree class, which multiplies them by zero
+    answer_to_noise: float = 1.0  # of a network that takes its input for pure noise, over that noise
 
     def __post_init__(self) -> None:
         self.pipe.set_progress_bar_config(disable=True)
@@ -47,7 +49,9 @@ class Tiny:
     def __call__(self, steps: int | None, seed: int = 7, **extra: Any) -> Tensor:
         """Latents, or images where the pipeline has no other output; (B, *E) float."""
         inputs = {"generator": torch.Generator().manual_seed(seed), **self.inputs, **extra}
-        out = self.pipe(num_inference_steps=steps, return_dict=False, **inputs)[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In CPU autocast", UserWarning)  # Mochi asks for float32 there
+            out = self.pipe(num_inference_steps=steps, return_dict=False, **inputs)[0]
         return torch.as_tensor(out)
 
     def to(self, dtype: torch.dtype) -> None:
@@ -110,7 +114,7 @@ class Tiny:
             given, answer = _given(args, kwargs), _answer(output)
             channels = answer.shape[1]
             noise = torch.cat([given] * -(-channels // given.shape[1]), dim=1)  # learned variances: any
-            noise = noise[:, :channels]  # conditions come after the state
+            noise = self.answer_to_noise * noise[:, :channels]  # conditions come after the state
             return (noise,) if isinstance(output, tuple) else type(output)(sample=noise)
 
         with self.hooked(after):

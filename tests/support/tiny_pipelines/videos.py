@@ -10,6 +10,8 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -80,9 +82,7 @@ def wan_i2v() -> Tiny:
     pipe = WanImageToVideoPipeline(
         scheduler=scheduler, **_wan_parts(36), image_encoder=None, image_processor=None, boundary_ratio=0.0
     )
-    tiny = _wan_tiny(pipe, num_frames=5, image=torch.rand(1, 3, 16, 16))
-    tiny.conditioned = True
-    return tiny
+    return _wan_tiny(pipe, num_frames=5, image=torch.rand(1, 3, 16, 16))
 
 
 def wan_ti2v() -> Tiny:
@@ -91,9 +91,7 @@ def wan_ti2v() -> Tiny:
     pipe = WanImageToVideoPipeline(
         scheduler=scheduler, **_wan_parts(), image_encoder=None, image_processor=None, boundary_ratio=0.0, expand_timesteps=True
     )
-    tiny = _wan_tiny(pipe, num_frames=5, image=torch.rand(1, 3, 16, 16))
-    tiny.conditioned = True
-    return tiny
+    return _wan_tiny(pipe, num_frames=5, image=torch.rand(1, 3, 16, 16))
 
 
 def _ltx_parts() -> dict[str, Any]:
@@ -121,4 +119,24 @@ def ltx_i2v() -> Tiny:
     """LTX image-to-video: the image is the clean first frame of the network's input, at time 0."""
     inputs = {**embeddings(masks=True), **LATENT, "height": 32, "width": 32, "num_frames": 9}
     inputs["image"] = torch.rand(BATCH, 3, 32, 32)
-    return Tiny(LTXImageToVideoPipeline(**_ltx_parts()), inputs, first_order=FLOW_FIRST, conditioned=True)
+    return Tiny(LTXImageToVideoPipeline(**_ltx_parts()), inputs, first_order=FLOW_FIRST)
+
+
+def mochi() -> Tiny:
+    """Mochi: the network is told 1 - sigma, and predicts the reversed velocity."""
+    transformer = MochiTransformer3DModel(
+        **HEADS,
+        patch_size=2,
+        attention_head_dim=8,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=16,
+        time_embed_dim=4,
+        activation_fn="swiglu",
+        max_sequence_length=5,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    none = {"vae": None, **NO_TEXT}
+    pipe = MochiPipeline(transformer=transformer, scheduler=scheduler, **none)
+    inputs = {**embeddings(masks=True), **LATENT, **SIZES, "num_frames": 7}
+    return Tiny(pipe, inputs, absent=tuple(none), first_order=FLOW_FIRST, answer_to_noise=-1.0)
