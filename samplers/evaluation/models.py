@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from .. import reference
@@ -107,6 +107,8 @@ def use_sampler(pipe: DiffusionPipeline, sampler: str) -> AbstractContextManager
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"{sampler!r}: diffusers has no scheduler {name}")
+    if isinstance(pipe, DDPMPipeline) and "generator" not in inspect.signature(kind.step).parameters:
+        raise ValueError(f"{sampler!r}: a DDPMPipeline cannot run {name}, whose steps take no generator")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -24,9 +24,17 @@ def append(out: Path, record: Record) -> bool:
     with locked(out):
         if record["key"] in {old["key"] for old in _lines(out)}:
             return False
-        with (out / FILE).open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        with (out / FILE).open("a+b") as file:
+            _drop_unfinished_line(file)
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         return True
+
+
+def _drop_unfinished_line(file: BinaryIO) -> None:
+    """A process that was killed while it wrote left a line without an end; nothing whole is ever removed."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
 
 
 def locked(out: Path) -> FileLock:
@@ -53,12 +61,13 @@ def _lines(folder: Path) -> list[Record]:
     if not (folder / FILE).is_file():
         return []
     records = []
-    lines = (folder / FILE).read_text().splitlines()
+    text = (folder / FILE).read_text()
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # a process was killed while it wrote; the cell is scored again
+            if number == len(lines) and not text.endswith("\n"):  # killed while it wrote; the cell is scored again
                 continue
             raise ValueError(f"{folder / FILE}, line {number}: {error}") from None
         if not isinstance(record, dict) or not {"key", "protocol", "sampler", "nfe", "mean"} <= record.keys():
