@@ -146,8 +146,8 @@ def _push_count(process: MaskedProcess, probs: Tensor, x: Tensor, weights: Tenso
     """A uniformly chosen set of c masked sites: the z^c coefficient of prod(stay + z D), by a discrete Fourier transform."""
     points, total = x.shape[1] + 1, torch.zeros(process.states ** x.shape[1], dtype=torch.float64)
     choices = _counts(process, x, step)
-    stay = process.reveal(probs, x, 0.0)
-    jump = process.reveal(probs, x, 1.0)
+    stay = process.reveal(probs, x, 0.0).to(torch.complex128)
+    jump = process.reveal(probs, x, 1.0).to(torch.complex128)
     masked = (x == process.mask_id)[..., None]
     for j in range(points):
         z = torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.tensor(2.0 * torch.pi * j / points, dtype=torch.float64))

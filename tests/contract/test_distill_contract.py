@@ -1,0 +1,235 @@
+"""What callers of discrete samplers and of their fitting may rely on."""
+
+import json
+
+import pytest
+import torch
+
+from distill import DiscreteTable, FitSettings, Teacher, fit_discrete_sampler, teacher_samples
+from samplers.discrete import (
+    DiscreteRun,
+    MaskedProcess,
+    TabularModel,
+    UniformProcess,
+    exact_law,
+    random_chain,
+    sample_discrete,
+)
+
+TINY = FitSettings(budget=28, samples=200, judged=400, teacher=Teacher(nfe=32, samples=600))
+
+
+def _fit(**changes):
+    # small fits may or may not hold up: what is tested here does not depend on it
+    process = UniformProcess(4)
+    chain = random_chain(process)
+    arguments = {"seq_len": 10, "nfe": 3, "settings": TINY} | changes
+    return fit_discrete_sampler(chain, process, **arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["theta_trapezoidal", "fixed_count", "confidence:noise=2", "first_hitting", "remdm", "tweedie"]
+)
+def test_given_tokens_stay(name, generator):
+    process = MaskedProcess(4)
+    prompt = torch.full((5, 8), -1)
+    prompt[:, 2:4] = torch.tensor([3, 1])
+    prompt[0] = 2  # nothing to do for this row
+    x = sample_discrete(random_chain(process), process, (5, 8), 8, name, prompt=prompt, generator=generator())
+    assert torch.equal(x[prompt >= 0], prompt[prompt >= 0])
+    assert int(x.min()) >= 0
+    assert int(x.max()) < 4
+
+
+def test_prompts_hold_under_uniform_noise(generator):
+    process = UniformProcess(4)
+    prompt = torch.tensor([-1, 3, -1, -1, 0, -1])
+    x = sample_discrete(random_chain(process), process, (50, 6), 4, prompt=prompt, generator=generator())
+    assert (x[:, 1] == 3).all()
+    assert (x[:, 4] == 0).all()
+    assert len(torch.unique(x[:, 0])) > 1
+
+
+@pytest.mark.parametrize("name", ["theta_trapezoidal", "first_hitting", "fixed_count", "euler"])
+def test_select_moves_everything_a_run_remembers(name, generator):
+    process = MaskedProcess(3)
+    model, table = random_chain(process), DiscreteTable.plain("masked", name, 5)
+    index = torch.tensor([2, 0, 0])
+    runs = [DiscreteRun(table, process, process.prior((4, 5)), generator=generator(3)) for _ in range(2)]
+    for run in runs:
+        for _ in range(3):
+            run.tell(model(run.x, run.query))
+    whole, part = runs
+    part.select(index)
+    assert torch.equal(part.x, whole.x[index])
+    assert torch.equal(part.frozen, whole.frozen[index])
+    query = whole.query if whole.query.ndim == 0 else whole.query[index]
+    assert torch.equal(part.query, query)
+    while part.query is not None:
+        part.tell(model(part.x, part.query))
+    assert part.x.shape == (3, 5)
+    assert int(part.x.max()) < 3
+
+
+def test_same_seed_same_tokens(generator):
+    process = UniformProcess(3)
+    model = random_chain(process)
+    draws = [sample_discrete(model, process, (20, 6), 4, generator=generator(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_half_precision_models_sample(generator):
+    process = MaskedProcess(3)
+    model = random_chain(process)
+    x = sample_discrete(lambda x, t: model(x, t).bfloat16(), process, (20, 6), 4, generator=generator())
+    assert int(x.max()) < 3
+
+
+def test_tables_survive_json(tmp_path):
+    table = DiscreteTable(
+        "masked",
+        "fixed_count",
+        (1.0, 0.7, 0.2, 0.0),
+        temp=(0.5, 1.1, 2.0),
+        count=(1, 2.25, 3),
+        remask=(0.1, 0.0, 0.0),
+        provenance={"a": 1},
+    )
+    path = table.save(tmp_path / "sub" / "table.json")
+    assert DiscreteTable.load(path) == table.load(json.loads(path.read_text()))
+    assert DiscreteTable.load(path).to_dict() == table.to_dict()
+    assert path.stat().st_size < 10_000
+    with pytest.warns(UserWarning, match="fitted to model"):
+        DiscreteTable.load(table.to_dict() | {"provenance": {"model_digest": "abc"}}, model_digest="def")
+    with pytest.raises(FileNotFoundError, match="no discrete table"):
+        DiscreteTable.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": (1.0, 0.5)}, "from 1 to 0"),
+        ({"times": (1.0, 0.2, 0.5, 0.0)}, "decrease"),
+        ({"temp": (1.0, 1.0)}, "one number per step, 3"),
+        ({"rate": (1.0, 1.0, 1.0)}, "no rate knob"),
+        ({"unmask": (0.1, 0.2, 0.9)}, "end with 1"),
+        ({"remask": (0.1, 0.2, 0.9)}, "end with 0"),
+        ({"unmask": (0.1, 1.2, 1.0)}, r"\[0, 1\]"),
+        ({"transition": "jump"}, "known: euler"),
+        ({"transition": "tweedie:theta=1"}, "no parameter 'theta'"),
+        ({"process": "gaussian"}, "not on gaussian"),
+        ({"what": 1}, "unknown keys"),
+        ({"format": 9}, "format 1"),
+    ],
+)
+def test_bad_tables_are_refused(change, message):
+    good = {"process": "masked", "transition": "tweedie", "times": (1.0, 0.5, 0.25, 0.0)}
+    DiscreteTable.from_dict(good)
+    with pytest.raises(ValueError, match=message):
+        DiscreteTable.from_dict(good | change)
+
+
+def test_bad_calls_are_refused():
+    process = MaskedProcess(3)
+    model = TabularModel(random_chain(process).law(3), process)
+    table = DiscreteTable.plain("uniform", "euler", 3)
+    with pytest.raises(ValueError, match="for the uniform process"):
+        sample_discrete(model, process, (2, 3), table=table)
+    with pytest.raises(ValueError, match="makes 3 network evaluations"):
+        sample_discrete(model, UniformProcess(3), (2, 3), 4, table=table)
+    with pytest.raises(ValueError, match="give nfe"):
+        sample_discrete(model, process, (2, 3))
+    with pytest.raises(ValueError, match="works on masked"):
+        sample_discrete(model, UniformProcess(3), (2, 3), 3, "fixed_count")
+    with pytest.raises(ValueError, match="cannot be enumerated"):
+        exact_law(model, process, 12, 3)
+    with pytest.raises(ValueError, match="expected probabilities of shape"):
+        sample_discrete(lambda x, t: torch.ones(2, 3, 4), process, (2, 3), 3)
+    with pytest.raises(ValueError, match="sums to"):
+        TabularModel(torch.ones(3, 3), process)
+
+
+@pytest.mark.parametrize("target", ["teacher", "ids"])
+def test_fitting_from_samples_runs_from_the_model_alone(target):
+    chain = random_chain(UniformProcess(4))
+    generator = torch.Generator().manual_seed(0)
+    given = "teacher" if target == "teacher" else chain.sample(900, 10, generator)
+    settings = FitSettings(budget=84, samples=300, judged=1500, teacher=TINY.teacher, holdout=("4gram",))
+    table = _fit(target=given, knobs=("t", "temp"), objective="ngram_kl", settings=settings)
+    notes = table.provenance
+    assert notes["target"] == ("teacher" if target == "teacher" else "data")
+    assert notes["improves"]
+    assert notes["scores"]["learned"]["objective"] < 0.7 * notes["scores"]["plain"]["objective"]
+    assert set(notes["scores"]["learned"]) == {"objective", "4gram_kl", "entropy_gap"}
+    assert table.nfe == 3
+
+
+@pytest.mark.filterwarnings("ignore:no improvement")
+def test_an_interrupted_search_continues_to_the_same_table(tmp_path):
+    settings = FitSettings(budget=56, samples=100, judged=200, teacher=TINY.teacher, folder=tmp_path / "a")
+    arguments = {"knobs": ("t", "temp"), "objective": "ngram_kl"}
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(stage, done, total, value):
+        if stage.startswith("tweedie") and done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        _fit(settings=settings, progress=interrupt, **arguments)
+    (journal,) = (tmp_path / "a").glob("tweedie-*.json")
+    assert len(json.loads(journal.read_text())["values"]) == 2
+    calls = []
+    resumed = _fit(settings=settings, progress=lambda *note: calls.append(note), **arguments)
+    fresh = _fit(settings=FitSettings(budget=56, samples=100, judged=200, teacher=TINY.teacher), **arguments)
+    assert resumed.times == fresh.times
+    assert resumed.temp == fresh.temp
+    journal.write_text(json.dumps({"head": {}, "values": []}))
+    with pytest.raises(ValueError, match="another search"):
+        _fit(settings=settings, **arguments)
+
+
+def test_teacher_samples_are_kept(tmp_path):
+    process = UniformProcess(3)
+    chain, teacher = random_chain(process), Teacher(nfe=4, samples=700)
+    calls = []
+
+    def counted(x, t):
+        calls.append(1)
+        return chain(x, t)
+
+    first = teacher_samples(counted, process, 6, teacher, folder=tmp_path)
+    made = len(calls)
+    again = teacher_samples(counted, process, 6, teacher, folder=tmp_path)
+    assert torch.equal(first, again)
+    assert len(calls) == made + 2  # the digest asks twice, nothing is drawn
+    assert torch.equal(first, teacher_samples(chain, process, 6, teacher))
+    assert len(first) == 700
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "fid"}, "known: auto"),
+        ({"objective": "exact_kl"}, "too many"),
+        ({"knobs": ("rate", "speed")}, "can learn"),
+        ({"knobs": ("count",)}, "masked|can learn"),
+        ({"knobs": ("rate", "rate")}, "twice"),
+        ({"knobs": ("temp",), "base": "first_hitting"}, "not on uniform"),
+        ({"target": torch.zeros(50, 7, dtype=torch.int64)}, r"\(n, 10\)"),
+        ({"target": torch.full((50, 10), 9)}, r"0 \.\. 3"),
+        ({"target": "data"}, "'teacher'"),
+        ({"nfe": 0}, "at least 1"),
+        ({"settings": FitSettings(holdout=("5word",))}, "known: <n>gram"),
+    ],
+)
+def test_bad_fits_are_refused_before_any_compute(change, message):
+    def never(x, t):
+        raise AssertionError("the model was called")
+
+    process = UniformProcess(4)
+    arguments = {"seq_len": 10, "nfe": 3} | change
+    with pytest.raises(ValueError, match=message):
+        fit_discrete_sampler(never, process, **arguments)
