@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -141,10 +142,12 @@ def _torchvision(source: str, rest: str) -> ImageSource:
 
     name, split, root = (*rest.split(":", 2), "", "")[:3]
     kind = getattr(datasets, name, None)
-    if kind is None or split not in ("train", "test"):
+    accepted = inspect.signature(kind).parameters if kind else {}
+    chosen = {"train": split == "train"} if "train" in accepted else {"split": split} if "split" in accepted else None
+    if chosen is None or split not in ("train", "test"):
         raise ValueError(f"{source!r}: expected torchvision:CLASS:train|test[:ROOT] with a class of torchvision.datasets")
     try:
-        data = kind(root or "data", train=split == "train", download=False)
+        data = kind(root or "data", download=False, **chosen)
     except RuntimeError as error:
         raise FileNotFoundError(f"{source}: {error}; nothing is downloaded here, put the data into {root or 'data'}") from error
     return ImageSource(source, _hash("torchvision", name, split, len(data)), len(data), lambda i: _tensor(data[i][0]))
