@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .noise import NoiseSchedule
-from .parametrization import weighted_sum
+from .parametrization import Scalar, weighted_sum
+from .program import Move, Sum
 from .statistics import EmpiricalStatistics
 from .strategy import SolverSchedule
-from .tableau import Query, Row, Tableau
+from .tableau import Query, Tableau
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 NoiseSource = Callable[[Tensor], Tensor]  # standard normal draws in the shape, dtype and place of its argument
@@ -26,35 +28,66 @@ class Engine:
 
     Attributes:
         tableau: the compiled schedule.
-        position: queries answered so far.
-        memory: named (B, *E) tensors: states and x0-predictions that later rows still need.
     """
 
     def __init__(self, tableau: Tableau, x: Tensor, clip: Callable[[Tensor], Tensor] | None = None) -> None:
         """Start at the noise ``x`` (B, *E) in the arithmetic's dtype; ``clip`` processes every x0-prediction."""
-        self.tableau, self.position, self.clip = tableau.like(x), 0, clip
+        self.tableau, self.clip = tableau.like(x), clip
         if clip is None and isinstance(tableau.clip, float):
             self.clip = partial(_clamp, bound=tableau.clip)
-        self.memory = {"x0": x}
-        if tableau.first_x0 is not None:
-            if tableau.first_x0.shape != x.shape[1:]:
-                raise ValueError(f"first_x0 has shape {tuple(tableau.first_x0.shape)}, the state {tuple(x.shape[1:])}")
-            self.memory["first_x0"] = tableau.first_x0.to(x).expand_as(x)
-        if tableau.statistics_shape is not None:
-            self.memory["one"] = x.new_ones(()).expand_as(x)
-        self._apply(self.tableau.opening)
+        self._program = self.tableau.uniform if torch.compiler.is_compiling() else self.tableau.plain
+        self._move: Move = self._program.moves[0]
+        self._slots = [self._given(name, x) for name in self._program.given]
+        for row in self._program.opening:
+            self._slots.append(_add_up(row, self._slots))
+        self._slots += [x] * (len(self._move.names) - len(self._slots))  # where the uniform form misses history
+
+    def _given(self, name: str, x: Tensor) -> Tensor:
+        if name == "one":
+            return x.new_ones(()).expand_as(x)
+        mean = self.tableau.first_x0
+        if name == "x0" or mean is None:
+            return x
+        if mean.shape != x.shape[1:]:
+            raise ValueError(f"first_x0 has shape {tuple(mean.shape)}, the state {tuple(x.shape[1:])}")
+        return mean.to(x).expand_as(x)
+
+    @property
+    def position(self) -> int:
+        """Queries answered so far."""
+        return self._move.index
 
     @property
     def query(self) -> Query | None:
         """The network evaluation that is due, or None at the end."""
-        stages = self.tableau.stages
-        return stages[self.position].query if self.position < len(stages) else None
+        return self._move.query
+
+    @property
+    def levels(self) -> tuple[Scalar, Scalar]:
+        """alpha and sigma of the evaluation that is due; tensors under `torch.compile`.
+
+        Raises:
+            RuntimeError: none is due.
+        """
+        if self._move.levels is not None:
+            return self._move.levels[0], self._move.levels[1]
+        query = self._due()
+        return query.alpha, query.sigma
 
     @property
     def x(self) -> Tensor:
         """The state (B, *E) to evaluate the network at; the result at the end."""
-        query = self.query
-        return self.memory[self.tableau.result if query is None else query.state]
+        return self._slots[self._move.state]
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What later rows still need, by name: (B, *E) states x0, x1, ... and x0-predictions d0, d1, ..."""
+        return {name: value for name, value in zip(self._move.names, self._slots, strict=True) if name}
+
+    def _due(self) -> Query:
+        if self._move.query is None:
+            raise RuntimeError(f"all {self._move.index} network evaluations are done; start a new run")
+        return self._move.query
 
     def tell(self, x0: Tensor, x: Tensor | None = None, noise: NoiseSource = torch.randn_like) -> None:
         """Take the network's x0-prediction (B, *E) for the due query and move on to the next.
@@ -68,33 +101,41 @@ class Engine:
             RuntimeError: no query is due.
             ValueError: ``x0`` has another shape than the state.
         """
-        if self.position >= len(self.tableau.stages):
-            raise RuntimeError(f"all {len(self.tableau.stages)} network evaluations are done; start a new run")
-        stage, memory = self.tableau.stages[self.position], self.memory
+        self._due()
+        move, slots = self._move, self._slots
         if x is not None:
-            memory[stage.query.state] = x
-        if x0.shape != memory[stage.query.state].shape:
-            wanted = tuple(memory[stage.query.state].shape)
+            slots[move.state] = x
+        if x0.shape != slots[move.state].shape:
+            wanted = tuple(slots[move.state].shape)
             raise ValueError(f"the denoiser returned shape {tuple(x0.shape)} for a state of shape {wanted}")
-        if stage.raw is not None:
-            memory[stage.raw] = x0
-        memory[stage.query.output] = x0 if self.clip is None else self.clip(x0)
-        self._apply(stage.rows, noise)
-        for name in [name for name in memory if name not in stage.keep]:
-            del memory[name]
-        self.position += 1
+        if move.raw:
+            slots.append(x0)
+        slots.append(x0 if self.clip is None else self.clip(x0))
+        for row in move.rows:
+            slots.append(_add_up(row, slots, noise))
+        assert move.next is not None
+        self._slots, self._move = [slots[k] for k in move.keep], move.next
 
     def select(self, index: Tensor) -> None:
         """Permute or duplicate samples: everything remembered follows ``index`` (B',) along the batch."""
-        self.memory = {name: value[index] for name, value in self.memory.items()}
+        self._slots = [value[index] for value in self._slots]
 
-    def _apply(self, rows: tuple[Row, ...], noise: NoiseSource = torch.randn_like) -> None:
-        memory = self.memory
-        for row in rows:
-            terms = [(c, memory[name]) for name, c in row.terms]
-            if torch.is_tensor(row.noise) or row.noise != 0.0:
-                terms.append((row.noise, noise(terms[0][1])))
-            memory[row.target] = weighted_sum(terms)
+    def __getstate__(self) -> dict[str, Any]:
+        """The move by its number: moves are tied to one another."""
+        return {**self.__dict__, "_move": self._move.index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the move again."""
+        self.__dict__.update(state)
+        self._move = self._program.moves[state["_move"]]
+
+
+def _add_up(row: Sum, slots: list[Tensor], noise: NoiseSource = torch.randn_like) -> Tensor:
+    weights = row.weights if row.dense is None else row.dense
+    terms = [(weights[i], slots[slot]) for i, slot in enumerate(row.slots)]
+    if torch.is_tensor(row.noise) or row.noise != 0.0:
+        terms.append((row.noise, noise(terms[0][1])))
+    return weighted_sum(terms)
 
 
 def _clamp(x0: Tensor, bound: float) -> Tensor:

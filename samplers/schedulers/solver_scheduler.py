@@ -25,7 +25,7 @@ from .clipping import clip_from_config
 from .noising import Noising, noise_like
 from .opening import check_opened
 from .output import SolverSchedulerOutput
-from .sources import load_mean, resolve_schedule, split_config
+from .sources import load_tensors, resolve_schedule, split_config
 from .times import place_of, schedule_for, with_ddim_arguments
 
 DEFAULT_SCHEDULE = "dpmpp:order=2"
@@ -116,7 +116,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             invert_sigmas: the network is told 1 - sigma and predicts x0 - eps (flow: Mochi).
             use_dynamic_shifting, time_shift_type: the pipeline passes ``mu`` (flow).
             base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines that compute ``mu``.
-            statistics: path of empirical model statistics, for the steps that use them.
+            statistics: path of `EmpiricalStatistics`, for the steps that use them; saved pipelines keep the path.
             first_x0: path of a safetensors file with the data's mean, for an "average_x0" first step.
             noise_seed: of stochastic schedules, where the pipeline passes no generator: image b's noise at step i depends on
                 (noise_seed, i, b) alone. None draws from torch's global generator.
@@ -139,9 +139,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         # Classes that clip x0 (DDIM, DDPM, LCM, TCD) take zero terminal signal-to-noise exactly in-tree, the others nearly.
         exact_end = "clip_sample" in honours and self.model_config.prediction_type != EPSILON
         self.noise_schedule = self.model_config.noise_schedule(exact_end=exact_end)
-        if statistics is not None:
-            raise ValueError("statistics: no step strategy of this version uses empirical model statistics")
-        self._first_x0 = None if first_x0 is None else load_mean(first_x0)
+        self._tensors = load_tensors(first_x0, statistics)
         self.betas, self.alphas_cumprod = None, None
         if self.model_config.family == "vp" and beta_schedule != TRIG:
             self.betas, self.alphas_cumprod = betas_of(self.config), alphas_cumprod_of(self.config)
@@ -188,7 +186,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
     @property
     def step_index(self) -> int | None:
         """Network evaluations done, or None before the first."""
-        return self._step_index
+        return None if self._engine is None else self._begun_at + self._engine.position
 
     @property
     def opened(self) -> bool:
@@ -242,7 +240,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             mu=mu,
         )
         self.solver_schedule = schedule
-        self.tableau = Tableau.build(schedule, self.noise_schedule, first_x0=self._first_x0)
+        self.tableau = Tableau.build(schedule, self.noise_schedule, **self._tensors)
         queries = [stage.query for stage in self.tableau.stages]
         t = torch.stack([query.t for query in queries])
         self.timesteps = self.noise_schedule.timestep(t).to(torch.float32).to(device)
@@ -272,13 +270,15 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         """The network's input: EDM preconditioning, and the analytic first step where the schedule has one."""
         if self.tableau is None:
             return sample
-        if self._step_index is None and self.analytic_first_step and self._first_index(timestep) == 0:
+        if self._engine is None and self.analytic_first_step and self._first_index(timestep) == 0:
             noise, sample = sample, self.open(sample)
             self._opening = (noise, sample)
         if self.model_config.sigma_data is None:
             return sample
-        index = self._first_index(timestep) if self._step_index is None else self._step_index
-        sigma = self.tableau.stages[min(index, len(self.tableau.stages) - 1)].query.sigma
+        if self._engine is not None and self._engine.query is not None:
+            sigma = self._engine.levels[1]
+        else:
+            sigma = self.tableau.stages[-1 if self._engine is not None else self._first_index(timestep)].query.sigma
         return sample * (sigma**2 + self.model_config.sigma_data**2) ** -0.5
 
     def open(self, sample: Tensor) -> Tensor:
@@ -325,25 +325,24 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             self._opening = None
         engine = self._engine
         assert engine is not None
-        assert self._step_index is not None
-        query = engine.query
-        if query is None:
+        if engine.query is None:
             raise RuntimeError(f"all {len(self.timesteps)} steps are done; call set_timesteps to start again")
         if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}")
-        first = self.analytic_first_step and self._step_index == 0
+        first = self.analytic_first_step and self.step_index == 0
         state = engine.x if first else _wide(sample)
         model = self.model_config
-        x0 = to_x0(_wide(model_output), state, query.alpha, query.sigma, model.prediction_type, model.sigma_data)
-        draw = partial(noise_like, generator=generator, seed=self.config.noise_seed, step=self._step_index)
-        engine.tell(x0, state, draw)
-        self._step_index += 1
+        x0 = to_x0(_wide(model_output), state, *engine.levels, model.prediction_type, model.sigma_data)
+        engine.tell(x0, state, partial(self._draw, generator=generator))
         prev_sample = engine.x.to(model_output.dtype)
         if not return_dict:
             return prev_sample, x0
         return SolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def _draw(self, x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        return noise_like(x, generator, seed=self.config.noise_seed, step=self.step_index or 0)
 
     def _take_ddim_arguments(self, eta: float, use_clipped_model_output: bool) -> None:
         """Compile the run's schedule anew, with what DDIM pipelines pass to every `step`."""
@@ -356,7 +355,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             raise ValueError("eta and use_clipped_model_output must be the same in every step")
         assert self.solver_schedule is not None
         self.solver_schedule = with_ddim_arguments(self.solver_schedule, eta, use_clipped_model_output)
-        self.tableau = Tableau.build(self.solver_schedule, self.noise_schedule, first_x0=self._first_x0)
+        self.tableau = Tableau.build(self.solver_schedule, self.noise_schedule, **self._tensors)
         self._ddim_arguments = (eta, use_clipped_model_output)
 
     def _first_index(self, timestep: float | Tensor | None) -> int:
@@ -374,18 +373,18 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         tableau = self.tableau
         if index > 0:
             tail = self.solver_schedule.tail(self.tableau.stages[index].query.node)
-            tableau = Tableau.build(tail, self.noise_schedule)
+            tableau = Tableau.build(tail, self.noise_schedule, statistics=self._tensors["statistics"])
         elif self.analytic_first_step and not self.opened:
             check_opened(self.opened_sizes, sample)
         clip = None
         if tableau.clip == "config":
             clip = clip_from_config(self.config, self.source.recipe.honours if isinstance(self.source, RecipeText) else ())
         self._engine = Engine(tableau, _wide(sample), clip)
-        self._step_index = index
+        self._begun_at = index
 
     def _reset(self) -> None:
         self._engine: Engine | None = None
-        self._step_index: int | None = None
+        self._begun_at = 0
         self._begin_index: int | None = None
         self._ddim_arguments: tuple[float, bool] = (0.0, False)
         self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it
