@@ -12,6 +12,7 @@ from torch import Tensor
 
 from samplers import NoiseSchedule
 from samplers.denoisers import EmpiricalDataset, GaussianMixture, from_network
+from samplers.recipes import GRIDS
 from samplers.reference import digit_images, load, load_folder
 
 CONFIG = {
@@ -41,6 +42,7 @@ class Problem:
         report: other noises, on which the choice is reported.
         converged: steps of the reference solution.
         dtype: of the arithmetic.
+        grids: the time grids that are tried; networks get the ones that did well with exact denoisers.
     """
 
     name: str
@@ -53,6 +55,10 @@ class Problem:
     report: int
     converged: int
     dtype: torch.dtype = torch.float32
+    grids: tuple[str, ...] = (*GRIDS, "gits")
+
+
+NETWORK_GRIDS = ("linspace", "trailing", "lambda", "karras", "beta", "dmn", "ays_sd", "gits")
 
 
 def mixture() -> Problem:
@@ -84,7 +90,7 @@ def empirical_cifar(file: Path) -> Problem:
     about = "Exact denoiser of 2000 CIFAR-10 training images at 16x16."
     denoiser = EmpiricalDataset(data).denoiser(NOISE)
     return Problem(
-        "empirical-cifar16", "Empirical denoiser, CIFAR-10 at 16x16", about, denoiser, (3, 16, 16), data, 128, 512, 400
+        "empirical-cifar16", "Empirical denoiser, CIFAR-10 at 16x16", about, denoiser, (3, 16, 16), data, 32, 128, 200
     )
 
 
@@ -94,7 +100,16 @@ def reference_digits() -> Problem:
     real = digit_images("test")[0]
     about = "The reference pipeline that ships, unconditional digits, compared with the held-out digits."
     return Problem(
-        "reference-digits", "Reference pipeline", about, from_network(pipe.unet, NOISE), (1, 8, 8), real, 32, 256, 100
+        "reference-digits",
+        "Reference pipeline",
+        about,
+        from_network(pipe.unet, NOISE),
+        (1, 8, 8),
+        real,
+        16,
+        64,
+        80,
+        grids=NETWORK_GRIDS,
     )
 
 
@@ -107,7 +122,9 @@ def network_cifar(file: Path) -> Problem:
 
     about = "The 16-pixel CIFAR-10 benchmark model, class-conditional without guidance, compared with the test images."
     real = _images(file, "test")[:4096]
-    return Problem("network-cifar16", "CIFAR-10 model at 16x16", about, denoiser, (3, 16, 16), real, 8, 48, 60)
+    return Problem(
+        "network-cifar16", "CIFAR-10 model at 16x16", about, denoiser, (3, 16, 16), real, 2, 12, 50, grids=NETWORK_GRIDS
+    )
 
 
 def _images(file: Path, split: str) -> Tensor:

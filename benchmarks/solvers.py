@@ -27,7 +27,7 @@ from solver_problems import CONFIG, NOISE, Problem, problems
 from torch import Tensor
 
 from samplers import parse_recipe, sample
-from samplers.peers import Trajectory, gits, teacher_trajectory
+from samplers.peers import Trajectory, gits, gits_cost, teacher_trajectory
 from samplers.recipes import GRIDS
 
 NFES = (4, 5, 6, 8, 10)
@@ -84,7 +84,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFERENCE = "dpmpp:order=3,taylor=true,grid=lambda"
 PROJECTIONS = 128
-TEACHERS = 64  # noises for the GITS trajectory
+TEACHERS = 32  # noises for the GITS trajectory
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ class Bench:
     def trajectory(self) -> Trajectory:
         """Of the GITS teacher."""
         return teacher_trajectory(self.problem.denoiser, self.noises("teacher"), NOISE)
+
+    @cached_property
+    def cost(self) -> Tensor:
+        """Of the GITS grid."""
+        return gits_cost(self.trajectory)
 
     @cached_property
     def projections(self) -> Tensor:
@@ -177,7 +182,7 @@ class Bench:
 
     def _recipe(self, x: Tensor, job: Job) -> tuple[Tensor, int, bool]:
         if job.grid == "gits":
-            schedule = gits(job.sampler, self.problem.denoiser, NOISE, x, job.nfe, trajectory=self.trajectory)
+            schedule = gits(job.sampler, self.problem.denoiser, NOISE, x, job.nfe, trajectory=self.trajectory, cost=self.cost)
         else:
             text = f"{job.sampler}{',' if ':' in job.sampler else ':'}grid={job.grid}"
             schedule = parse_recipe(text).schedule(NOISE, job.nfe)
@@ -208,29 +213,30 @@ def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def screen_jobs(name: str) -> Iterator[Job]:
+def screen_jobs(name: str, grids: tuple[str, ...]) -> Iterator[Job]:
     """Everything, on the noises that choose."""
     for nfe in NFES:
         for text in RECIPES:
-            for grid in GRID_NAMES:
+            for grid in grids:
                 yield Job(name, "screen", text, grid, nfe)
 
 
 def report_jobs(name: str, ledger: dict[str, dict[str, Any]]) -> Iterator[Job]:
-    """The best grid of every recipe by either measure, and diffusers' classes, on the noises that report."""
+    """The chosen grid of every recipe, and diffusers' classes, on the noises that report."""
     for nfe in NFES:
         for label in CLASSES:
             yield Job(name, "report", label, "diffusers", nfe)
         for text in RECIPES:
-            chosen = {best_grid(ledger, name, text, nfe, measure) for measure in ("rmse", "swd")} - {None}
-            for grid in sorted(str(grid) for grid in chosen):
+            grid = chosen_grid(ledger, name, text, nfe)
+            if grid is not None:
                 yield Job(name, "report", text, grid, nfe)
 
 
-def best_grid(ledger: dict[str, dict[str, Any]], name: str, text: str, nfe: int, measure: str) -> str | None:
-    """The grid with the smallest ``measure`` on the screening noises."""
-    values = {grid: ledger.get(Job(name, "screen", text, grid, nfe).key, {}).get(measure) for grid in GRID_NAMES}
-    known = {grid: value for grid, value in values.items() if value is not None}
+def chosen_grid(ledger: dict[str, dict[str, Any]], name: str, text: str, nfe: int) -> str | None:
+    """The grid that was best on the screening noises: by RMSE, or by distance where the recipe draws noise."""
+    entries = {grid: ledger.get(Job(name, "screen", text, grid, nfe).key, {}) for grid in GRID_NAMES}
+    measure = "rmse" if any("rmse" in entry for entry in entries.values()) else "swd"
+    known = {grid: entry[measure] for grid, entry in entries.items() if entry.get(measure) is not None}
     return min(known, key=known.__getitem__, default=None)
 
 
@@ -278,7 +284,7 @@ def run(data: Path | None, path: Path, only: list[str]) -> None:
         if only and name not in only:
             continue
         bench = Bench(build())
-        settle(bench, list(screen_jobs(name)), ledger, path, "screen")
+        settle(bench, list(screen_jobs(name, bench.problem.grids)), ledger, path, "screen")
         settle(bench, list(report_jobs(name, ledger)), ledger, path, "report")
         floor = Job(name, "report", "converged", "-", bench.problem.converged)
         if floor.key not in ledger:

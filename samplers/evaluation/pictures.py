@@ -15,8 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..noise import NoiseSchedule
-from ..strategy import SolverSchedule
 from .compare import Comparison
 
 
@@ -55,27 +53,6 @@ def comparison_figure(results: Sequence[Comparison], reference: Tensor, path: Pa
     right.set_xticks(sorted({r.nfe for r in results}))
     right.grid(alpha=0.3)
     right.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def schedule_figure(schedules: Sequence[SolverSchedule], noise: NoiseSchedule, path: Path) -> None:
-    """Where the schedules evaluate the network, on the lambda axis; orders above the points, corrected points ringed."""
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.7 * len(schedules)))
-    for y, schedule in enumerate(schedules):
-        lam = [noise.lam(t).clamp(-12, 12).item() for t in schedule.times]
-        axis.plot(lam, [y] * len(lam), "-", color="0.8", zorder=0)
-        for i, step in enumerate(schedule.steps):
-            colour = "tab:blue" if step.pred == "x0" else "tab:orange"
-            edge = "black" if step.corr is not None else colour
-            fill = colour if step.eval.source == "model" else "white"
-            axis.scatter(lam[i], y, color=fill, edgecolors=edge, s=60)
-            axis.annotate(str(step.order), (lam[i], y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-        axis.scatter(lam[-1], y, marker="|", color="black", s=120)
-    axis.set_yticks(range(len(schedules)), [s.name or "schedule" for s in schedules])
-    axis.set_ylim(-0.6, len(schedules) - 0.2)
-    axis.set_xlabel("lambda = log(alpha / sigma); blue x0, orange eps; ring: corrected; hollow: no evaluation; number: order")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -164,6 +164,7 @@ def gits(
     metric: str = "dev",
     coefficient: float = 1.15,
     trajectory: Trajectory | None = None,
+    cost: Tensor | None = None,
 ) -> SolverSchedule:
     """A recipe on the GITS time grid of this model.
 
@@ -176,13 +177,14 @@ def gits(
         metric: see `gits_cost`.
         coefficient: see `cheapest_path`; the paper uses 1.15, and 0.8 to 1.2 for guided latent models.
         trajectory: of `teacher_trajectory`, when it is used for several NFE.
+        cost: of `gits_cost` for that trajectory and metric, likewise.
 
     Raises:
         ValueError: as in `samplers.recipe`, `teacher_trajectory`, `gits_cost` and `cheapest_path`.
     """
     parsed = parse_recipe(text)
     run = teacher_trajectory(denoiser, x, noise_schedule) if trajectory is None else trajectory
-    path = cheapest_path(gits_cost(run, metric), parsed.macro_steps(noise_schedule, nfe), coefficient)
+    path = cheapest_path(gits_cost(run, metric) if cost is None else cost, parsed.macro_steps(noise_schedule, nfe), coefficient)
     times = [run.times[i] for i in path]
     if parsed.common["final"] == "zero":
         times[-1] = 0.0

@@ -59,7 +59,7 @@ def skip_count(network: Any) -> int:
     return sum(len(block.resnets) for block in _unet(network).up_blocks)
 
 
-def _unet(network: Any) -> nn.Module:
+def _unet(network: Any) -> Any:
     unet = network if isinstance(network, nn.Module) else getattr(network, "unet", None)
     if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
         raise ValueError(f"skip scaling needs a UNet2DModel or UNet2DConditionModel, got {type(unet or network).__name__}")
@@ -103,11 +103,16 @@ def scaled_skips(network: Any, factors: Factors) -> Iterator[SkipScaling]:
 def _rows(factors: Factors, count: int) -> tuple[tuple[float, ...], ...]:
     if isinstance(factors, int | float):
         return ((float(factors),) * count,)
-    rows = [factors] if factors and isinstance(factors[0], int | float) else factors
-    table = tuple(tuple(float(factor) for factor in row) for row in rows)  # type: ignore[union-attr]
-    if not table or any(len(row) != count for row in table):
-        raise ValueError(f"this network has {count} skip connections; got rows of {[len(row) for row in table]} factors")
-    return table
+    rows: list[list[float]] = []
+    for item in factors:
+        if isinstance(item, int | float):
+            rows = rows or [[]]
+            rows[0].append(float(item))
+        else:
+            rows.append([float(factor) for factor in item])
+    if not rows or any(len(row) != count for row in rows):
+        raise ValueError(f"this network has {count} skip connections; got rows of {[len(row) for row in rows]} factors")
+    return tuple(map(tuple, rows))
 
 
 def _scale(run: SkipScaling, own: slice) -> Any:
