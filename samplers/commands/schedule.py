@@ -8,12 +8,14 @@ import typer
 from rich.table import Table
 
 from .common import JsonOption, SamplerArgument, out_console
+from .schedule_convert import convert_schedule
 from .schedule_inputs import NfeOption, NoiseOption, StatisticsOption, compiled, inputs
 from .schedule_show import show_schedule
 
 app = typer.Typer(help="Look at, check and list solver schedules.", no_args_is_help=True)
 
 app.command("show")(show_schedule)
+app.command("convert")(convert_schedule)
 
 
 @app.command("validate")

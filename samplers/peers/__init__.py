@@ -9,6 +9,7 @@ from .midpoints import Midpoint, amed, from_adasde, from_epd, from_midpoints
 from .reading import read_table
 from .rows import Row, compiled_rows, from_rows
 from .times import compensated, cumulative_softmax, decoupled, fit_compensation, from_ld3
+from .usf import load_usf
 
 __all__ = [
     "Midpoint",
@@ -32,6 +33,7 @@ __all__ = [
     "from_s4s",
     "gits",
     "gits_cost",
+    "load_usf",
     "read_table",
     "stick_breaking",
     "teacher_trajectory",

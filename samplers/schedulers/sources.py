@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config_reader import TRIG, ModelConfig, flow_shift_of, read_config
 from ..recipes import ALIASES, RECIPES, canonical
+from ..statistics import EmpiricalStatistics
 from ..strategy import SolverSchedule, shipped_schedules
 
 _NEVER_NONE = (
@@ -51,6 +52,25 @@ def load_mean(path: str | Path) -> Tensor:
     return next(iter(tensors.values())).to(torch.float32)
 
 
+def load_tensors(first_x0: str | Path | None, statistics: str | Path | None) -> dict[str, Any]:
+    """What a config names by path, as arguments of `samplers.Tableau.build`.
+
+    Raises:
+        FileNotFoundError: a file is gone; the message says which argument names it.
+        ValueError: a file holds something else.
+    """
+    for name, path in (("first_x0", first_x0), ("statistics", statistics)):
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{name}: no file {path}. A scheduler's config holds the path, not the content: put the file back, or pass "
+                f"{name}=NEW_PATH (None where the schedule does not use it) to from_config or from_pretrained"
+            )
+    return {
+        "first_x0": None if first_x0 is None else load_mean(first_x0),
+        "statistics": None if statistics is None else EmpiricalStatistics.load(statistics),
+    }
+
+
 def split_config(config: Mapping[str, Any] | None, known: Set[str]) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
     """What another scheduler's config says: the model, the values for our own keys, and the rest.
 
@@ -68,6 +88,7 @@ def split_config(config: Mapping[str, Any] | None, known: Set[str]) -> tuple[Mod
     if model.family == "flow":
         raw["shift"] = flow_shift_of(raw)
     if model.family == "edm":
+        raw |= {key: model.values[key] for key in ("sigma_data", "sigma_schedule") if key in model.values}
         raw["clock"] = model.values.get("clock", "log")
     if model.family == "vp" and model.values.get("beta_schedule") == TRIG:
         raw["beta_schedule"] = TRIG

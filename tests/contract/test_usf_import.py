@@ -85,8 +85,17 @@ def test_analytic_first_steps(afs: str, source: str) -> None:
     assert SolverSchedule.from_usf(_changed(afs=afs)).steps[0].eval.source == source
 
 
-def test_skip_factors_belong_to_the_format_and_are_not_used() -> None:
-    assert SolverSchedule.from_usf(_changed(skip_coefficients=[1.0] * 15)) == SolverSchedule.from_usf(MAPPING)
+def test_skip_factors_belong_to_the_format_and_not_to_the_solver() -> None:
+    """They are kept as a fact for those who apply them to the network."""
+    schedule, plain = SolverSchedule.from_usf(_changed(skip_coefficients=[0.9] * 15)), SolverSchedule.from_usf(MAPPING)
+    assert schedule.steps == plain.steps
+    assert schedule.digest == plain.digest
+    assert schedule.provenance == {**plain.provenance, "skip_coefficients": [0.9] * 15}
+
+
+def test_the_third_prediction_type_reads_statistics_at_their_nodes() -> None:
+    schedule = SolverSchedule.from_usf(_changed(prediction_types=["dpmsolver_v3_prediction"] * 3))
+    assert [step.pred for step in schedule.steps] == ["v3-nodes"] * 3
 
 
 def test_other_keys_are_ignored_with_a_warning() -> None:
