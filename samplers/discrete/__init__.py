@@ -15,10 +15,11 @@ from .laws import (
     sudoku_grids,
     sudoku_model,
 )
+from .optimised import jump_grid, optimal_count_table, optimal_counts, reveal_losses
 from .processes import MaskedProcess, Process, UniformProcess, process_from_dict
 from .run import DiscreteRun, Model, iterate_discrete, sample_discrete
 from .survival import SurvivalSchedule
-from .table import DiscreteTable
+from .table import DiscreteTable, resample_table
 from .tabular import ProductMixtureModel, SupportModel, TabularModel
 from .transitions import CATALOGUE, Transition, transition
 
@@ -43,13 +44,18 @@ __all__ = [
     "from_logits",
     "is_sudoku",
     "iterate_discrete",
+    "jump_grid",
     "nucleus",
     "one_token_law",
+    "optimal_count_table",
+    "optimal_counts",
     "parity_law",
     "process_from_dict",
     "push_table",
     "random_chain",
     "random_mixture",
+    "resample_table",
+    "reveal_losses",
     "sample_discrete",
     "sharpen",
     "sudoku_grids",

@@ -101,6 +101,22 @@ class DiscreteRun:
         """The step that is due."""
         return self._stages[self.position][0]
 
+    def join(self, position: int) -> None:
+        """Skip to a later query: the state is taken as one that the run reached on its own.
+
+        Raises:
+            ValueError: the query is the second half of a step, or its time depends on the run so far.
+        """
+        if position and (self.base.kind == "first_hitting" or self._stages[position][1] in ("second", "finish")):
+            finishing = self._stages[position][1] == "finish" and self.base.kind != "two_stage"
+            if not finishing:
+                raise ValueError(f"a run of {self.base.name} cannot be joined at its query {position}")
+        self.position = position
+        if position and self.base.kind in ("count", "confidence"):  # the sites that were open at the very start
+            target = self.step.target
+            before = position / len(self._stages) if target is None else self._stages[position - 1][0].target
+            self.open = (self.open / max(1e-9, 1.0 - float(before))).round().long()
+
     def _hit(self, clock: Tensor) -> None:
         self._kept = first_hit(self.process, clock, self.x, self.generator)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .grids import time_grid
 from .transitions import transition
@@ -76,6 +79,20 @@ class DiscreteTable:
         """Number of a knob at a step; ``neutral`` where the table does not have the knob."""
         values = getattr(self, name)
         return neutral if values is None else values[index]
+
+    def masked_share(self, index: int) -> float:
+        """Share of sites still masked after a network evaluation, as the table plans it (remasking left out)."""
+        base = transition(self.transition)
+        if index >= self.nfe - 1:
+            return 0.0
+        step = index // base.nfe_per_step
+        if self.count is not None:
+            return 1.0 - sum(self.count[: step + 1]) / sum(self.count)
+        if self.unmask is not None:
+            return math.prod(1.0 - u for u in self.unmask[: step + 1])
+        if base.kind in ("count", "confidence"):
+            return 1.0 - (step + 1) / self.steps
+        return float(self.times[step + 1])
 
     def validate(self) -> None:
         """Check every number.
@@ -152,3 +169,37 @@ class DiscreteTable:
         if model_digest and fitted and fitted != model_digest:
             warnings.warn(f"this table was fitted to model {fitted}, not to {model_digest}", stacklevel=2)
         return table
+
+
+def resample_table(table: DiscreteTable, nfe: int) -> DiscreteTable:
+    """A table for another NFE: times and reveals interpolated over progress, the other knobs over time.
+
+    It is a guess between fits, marked ``interpolated`` in its provenance.
+    """
+    plain = DiscreteTable.plain(table.process, transition(table.transition).name, nfe)
+    here, there = _progress(table.steps), _progress(plain.steps)
+    times = np.interp(there, here, [float(t) for t in table.times])
+    numbers: dict[str, Any] = {}
+    for name, values in table.learned.items():
+        if name == "count":
+            total = np.interp(there, here, np.concatenate([[0.0], np.cumsum([float(v) for v in values])]))
+            numbers[name] = tuple(np.diff(total).tolist())
+        elif name == "unmask":
+            left = np.concatenate([[1.0], np.cumprod(1.0 - np.asarray(values, dtype=float))])
+            share = np.interp(there, here, left)
+            numbers[name] = (*np.clip(1.0 - share[1:-1] / np.maximum(share[:-2], 1e-12), 0.0, 1.0).tolist(), 1.0)
+        else:
+            asked = -np.asarray(table.times[:-1], dtype=float)  # np.interp wants increasing places
+            numbers[name] = tuple(np.interp(-times[:-1], asked, [float(v) for v in values]).tolist())
+    if "remask" in numbers:
+        numbers["remask"] = (*numbers["remask"][:-1], 0.0)
+    two = transition(table.transition).kind == "two_stage"
+    text = plain.transition if two else table.transition
+    notes = dict(table.provenance) | {"interpolated": f"from {table.nfe} to {nfe} network evaluations"}
+    result = DiscreteTable(table.process, text, (1.0, *times[1:-1].tolist(), 0.0), **numbers, provenance=notes)
+    result.validate()
+    return result
+
+
+def _progress(steps: int) -> np.ndarray:
+    return np.linspace(0.0, 1.0, steps + 1)

@@ -9,10 +9,21 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from .binary_digits import binary_digits
 from .digits import digit_images
 from .pipeline import ClassConditionalPipeline
+from .token_models import TokenModel, load_tokens
 
-__all__ = ["ClassConditionalPipeline", "digit_images", "load", "load_folder", "names"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "TokenModel",
+    "binary_digits",
+    "digit_images",
+    "load",
+    "load_folder",
+    "load_tokens",
+    "names",
+]
 
 
 def _models() -> Path:
