@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from samplers.commands import demo, doctor, fid, sample, schedule
+from samplers.commands import demo, doctor, fid, minority, sample, schedule
 from samplers.commands.common import INCOMPLETE, MISSING, USAGE, err_console
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -16,6 +16,7 @@ app.command()(demo.demo)
 app.command()(sample.sample)
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(fid.app, name="fid")
+app.add_typer(minority.app, name="minority")
 app.command()(doctor.doctor)
 
 

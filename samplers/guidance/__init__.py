@@ -13,6 +13,7 @@ from .hooks import GuidanceRun
 from .levels import alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 from .minority import minority_guidance, self_minority_guidance
 from .scorer import MinorityScorer
+from .scoring import read_scores, score_dataset
 from .shifts import class_gradient, guided_denoiser, label_mask, score_to_x0
 from .skipping import BoostRun, boost_and_skip
 
@@ -38,6 +39,8 @@ __all__ = [
     "lpips",
     "minority_guidance",
     "model_top_variance",
+    "read_scores",
+    "score_dataset",
     "score_to_x0",
     "self_minority_guidance",
     "split_rarest",

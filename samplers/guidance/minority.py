@@ -43,8 +43,8 @@ def minority_guidance(
         classifier: a `MinorityClassifier` for the pipeline's samples (pixels in [-1, 1], or scaled latents), or another object
             with the same ``log_prob``, ``bins``, ``parts`` and ``classes``.
         scale: w >= 0 of the score shift ``w grad log p``.
-        label: -1, the rarest bin; any bin -L..L-1; one bin per image; or "each": image i towards part i (modulo their number)
-            of a rarest bin that is split into parts.
+        label: -1, the rarest bin; any bin -L..L-1; one bin per image; or, where the rarest bin is split into parts, "each"
+            (image i towards part i modulo their number) or "part:K[,K...]" (towards these parts in turn).
         window: guided where low <= alpha_bar <= high.
         every: guided at every n-th evaluation.
         form: "eps" shifts the prediction. "mean" shifts the mean of an ancestral step after sample clipping, by

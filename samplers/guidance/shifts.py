@@ -43,7 +43,7 @@ def label_mask(classifier: Classifier, label: Label, batch: int) -> Tensor:
     Args:
         classifier: gives bins and parts.
         label: a bin in -L..L-1 (-1, the rarest, is the union of its parts); "each": sample i towards part i modulo the
-            number of parts; "part:K": one part; or one bin per sample.
+            number of parts; "part:K" or "part:K,K,...": towards these parts in turn; or one bin per sample.
         batch: samples.
 
     Raises:
@@ -52,9 +52,8 @@ def label_mask(classifier: Classifier, label: Label, batch: int) -> Tensor:
     bins, parts = classifier.bins, classifier.parts
     outputs = torch.arange(bins - 1 + parts)
     if isinstance(label, str):
-        part = _part(label, bins, parts)
-        kind = torch.arange(batch) % parts if label == "each" else torch.full((batch,), part)
-        return outputs == (bins - 1 + kind)[:, None]
+        kinds = torch.tensor(_parts(label, bins, parts))
+        return outputs == (bins - 1 + kinds[torch.arange(batch) % len(kinds)])[:, None]
     chosen = torch.as_tensor(label, dtype=torch.int64).cpu().reshape(-1)
     wrong = chosen[(chosen < -bins) | (chosen >= bins)]
     if len(wrong):
@@ -65,17 +64,18 @@ def label_mask(classifier: Classifier, label: Label, batch: int) -> Tensor:
     return (outputs == chosen) | ((chosen == bins - 1) & (outputs >= bins - 1))
 
 
-def _part(label: str, bins: int, parts: int) -> int:
-    """K of "part:K", and "each" checked on the way."""
-    part = label.removeprefix("part:")
-    if label != "each" and (part == label or not part.isdecimal()):
-        allowed = f"a bin in {-bins}..{bins - 1}, one bin per sample, 'each' or 'part:K'"
+def _parts(label: str, bins: int, parts: int) -> list[int]:
+    """The parts that "each" or "part:K[,K...]" names."""
+    listed = label.removeprefix("part:").split(",")
+    if label != "each" and (not label.startswith("part:") or not all(k.isdecimal() for k in listed)):
+        allowed = f"a bin in {-bins}..{bins - 1}, one bin per sample, 'each' or 'part:K[,K...]'"
         raise ValueError(f"label must be {allowed}, got {label!r}")
     if parts == 1:
         raise ValueError(f"label={label!r} needs a classifier with a split rarest bin; train it with several parts")
-    if label != "each" and int(part) >= parts:
+    chosen = list(range(parts)) if label == "each" else [int(k) for k in listed]
+    if max(chosen) >= parts:
         raise ValueError(f"label={label!r}: this classifier has the parts 0..{parts - 1}")
-    return 0 if label == "each" else int(part)
+    return chosen
 
 
 def class_gradient(
