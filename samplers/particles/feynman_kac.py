@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from ..noise import NoiseSchedule
 from .cloud import Cloud
 from .native import run
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from .hooks import Run
 
 
 class FeynmanKac(Settings):
@@ -90,7 +87,7 @@ class FeynmanKac(Settings):
             progress=progress or (lambda done: None),
         )  # fmt: skip
 
-    def attach(self, pipe: Any, particles: int, **options: Any) -> AbstractContextManager[Run]:
+    def attach(self, pipe: Any, particles: int, **options: Any) -> AbstractContextManager[Any]:
         """Correct an unmodified diffusers pipeline inside the block; see `samplers.particles.hooks.attach`."""
         from .hooks import attach
 

@@ -126,7 +126,7 @@ class _Walk:
         if fk.weighs(step, steps):
             population.add(self._weight(now, after, g, x, x0))
         push = None
-        if self.steering is not None:
+        if self.steering is not None and step % self.steering.reward.every == 0:
             values = self.steering.score(mean)
             if self.steering.reward.gradient:
                 push = torch.autograd.grad(self.steering.reward.at(float(now.t)) * values.sum(), x)[0]

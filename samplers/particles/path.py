@@ -141,17 +141,22 @@ def _spread(shrink: float, b: float) -> float:
 def log_density_change(eps: Tensor, change: Tensor, now: Level, after: Level) -> Tensor:
     r"""How log q_i changes along a step of noise multiplier 1 (B,), for exponents that vary in time.
 
-    Itô's formula for $\log q_{s}(\tilde x)$; the Laplacian cancels only where the path's noise is that of the model:
-    $-\langle\epsilon_i, \Delta\tilde x\rangle / s - \frac12 |\epsilon_i|^2 (s^2 - s'^2) / s^2$.
+    Two estimates that agree for short steps and whose errors have opposite signs, averaged: Itô's formula for
+    $\log q_s(\tilde x)$, whose Laplacian cancels because the path's noise is the model's, and the ratio of the denoising to the
+    noising kernel (He et al. 2025, arXiv:2506.05668).
 
     Args:
         eps: (B, *E) the branch's noise prediction before the step.
         change: (B, *E) the step taken, in x / alpha.
         now: the level before.
-        after: the level after.
+        after: the level after, not free of noise.
     """
-    inner = (eps.flatten(1) * change.flatten(1)).sum(-1, dtype=torch.float64)
-    return -inner / now.ratio - 0.5 * _square(eps) * (1.0 - (after.ratio / now.ratio) ** 2)
+    eps, change = eps.flatten(1), change.flatten(1)
+    span, shrink = now.ratio**2 - after.ratio**2, (after.ratio / now.ratio) ** 2
+    inner = (eps * change).sum(-1, dtype=torch.float64) / now.ratio
+    ito = -inner - 0.5 * _square(eps) * (1.0 - shrink)
+    denoising = -0.5 * _square(change + span / now.ratio * eps) / (span * shrink) - 0.5 * eps.shape[1] * math.log(shrink)
+    return 0.5 * (ito + denoising + 0.5 * _square(change) / span)
 
 
 def log_gaussian_integral(total: float, dimension: int, level: Level) -> float:

@@ -23,12 +23,14 @@ class Reward:
         potential: how the tilt is spread over the steps (Singhal et al. 2025, arXiv:2501.06848): "difference" telescopes to
             the tilt of the present state, "max" and "add" favour paths whose rewards were high. The end result is the same.
         gradient: steer the proposal along the reward's gradient, through the denoisers; weights account for it exactly.
+        every: steps from one evaluation on the way to the next; the result is always evaluated.
     """
 
     fn: RewardFunction
     scale: Exponent = 1.0
     potential: str = "difference"
     gradient: bool = False
+    every: int = 1
 
     def __post_init__(self) -> None:
         """Check.
@@ -42,6 +44,10 @@ class Reward:
             raise ValueError(f"unknown potential {self.potential!r}; known: {', '.join(POTENTIALS)}")
         if not callable(self.scale) and not math.isfinite(self.scale):
             raise ValueError(f"the reward's scale must be finite, got {self.scale}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be a whole number of steps >= 1, got {self.every!r}")
+        if self.gradient and self.every != 1:
+            raise ValueError("a gradient is needed at every step; leave every at 1")
         if self.potential != "difference" and (self.gradient or callable(self.scale)):
             raise ValueError(f"potential {self.potential!r} takes neither a gradient nor a scale that varies; use 'difference'")
 
@@ -144,10 +150,16 @@ class Target:
         raise ValueError(f"unknown target {text!r}; known: cfg:W, power:BETA, model")
 
     def with_reward(
-        self, fn: RewardFunction, scale: Exponent = 1.0, *, potential: str = "difference", gradient: bool = False
+        self,
+        fn: RewardFunction,
+        scale: Exponent = 1.0,
+        *,
+        potential: str = "difference",
+        gradient: bool = False,
+        every: int = 1,
     ) -> Target:
         """This target tilted by exp(scale * fn(x0)); see `Reward`."""
-        return replace(self, reward=Reward(fn, scale, potential, gradient))
+        return replace(self, reward=Reward(fn, scale, potential, gradient, every))
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
