@@ -89,7 +89,8 @@ def run(
 ) -> None:
     """Sample with every sampler at every NFE, and write results, tables, a plot and a report.
 
-    Several processes (torchrun, accelerate launch, srun, a Slurm array) share the work of one folder.
+    Several processes share the work of one folder: torchrun --nproc_per_node 8 -m -- fewstep fid run ..., accelerate launch
+    -m -- fewstep fid run ..., srun, or a Slurm array. Each may be killed and started again; what is there is not made twice.
     """
     from ..evaluation import FixedNfeRun, Model, load_extractor, load_pipeline
     from ..evaluation.fixed_nfe import Worker

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -35,8 +36,8 @@ def make(tmp_path, models, extractor, reference):
     """A run of 11 images at 2 evaluations in shards of 4, with changes."""
 
     def run(name="run", model="digits", **changes):
-        options = {"samplers": ["ddim"], "nfes": [2], "num": 11, "shard_size": 4, "batch_size": 3} | changes
-        return FixedNfeRun(tmp_path / name, [models[model]], extractor=extractor, reference=reference, **options)
+        options = {"samplers": ["ddim"], "nfes": [2], "num": 11, "shard_size": 4, "batch_size": 3, "extractor": extractor}
+        return FixedNfeRun(tmp_path / name, [models[model]], reference=reference, **(options | changes))
 
     return run
 
@@ -113,6 +114,43 @@ def test_evaluations_are_counted_not_assumed(make):
     assert [record["nfe_counted"] for record in run.score()] == [9, 5]
 
 
+def test_sampling_does_not_wait_for_features(make, extractor):
+    """The features of the first batch take until the fourth batch is sampled."""
+    fourth, seen = threading.Event(), []
+
+    class Slow:
+        protocol = extractor.protocol
+
+        def __call__(self, images):
+            assert fourth.wait(60), "sampling waited for features"
+            return extractor(images)
+
+    def progress(what, images):
+        seen.append(images)
+        if len(seen) == 4:
+            fourth.set()
+
+    run = make(extractor=Slow(), num=15, shard_size=15)
+    run.sample(progress)
+    assert seen == [3] * 5
+    again = make("again", num=15, shard_size=15)
+    again.sample()
+    torch.testing.assert_close(features(run), features(again), rtol=0, atol=0)
+
+
+def test_broken_features_stop_the_run(make, extractor):
+    class Broken:
+        protocol = extractor.protocol
+
+        def __call__(self, images):
+            return extractor(images) * torch.nan
+
+    run = make(extractor=Broken())
+    with pytest.raises(ValueError, match="not finite"):
+        run.sample()
+    assert len(run.missing()) == 3
+
+
 def test_estimate_counts_what_is_missing(make):
     run = make(nfes=[2, 4])
     assert [(row["images"], row["forwards"]) for row in estimate(run)] == [(11, 22), (11, 44)]
@@ -183,7 +221,7 @@ def start(command, out):
 @pytest.mark.slow
 def test_killed_processes_lose_nothing(tmp_path):
     """Two processes, one killed with -9 in the middle, the rest by one process: the same bytes as without all that."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", sys.executable, *COMMAND]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--", *COMMAND[1:]]
     out = tmp_path / "killed"
     process = start(torchrun, out)
     deadline = time.monotonic() + 120

@@ -52,7 +52,9 @@ def quality_figure(group: Sequence[Record], metric: str | None = None) -> Figure
     axis.set_ylabel(label(metric, group[0]).replace(" (lower is better)", ""), fontsize=9)
     axis.set_xticks(nfes)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("real against real"))
+    axis.legend([handles[i] for i in order], [labels[i] for i in order], fontsize=8)
     return figure
 
 

@@ -43,7 +43,8 @@ def description(group: Sequence[Record]) -> list[str]:
     if first.get("unit_variance"):
         lines.append("The Frechet distance is in units of the reference's total variance.")
     if first["floor"]:
-        lines.append(f"Floor, real against real: {number(first['floor']['value'])} ({first['floor']['method']}).")
+        floor = f"{number(first['floor']['value'])} ({first['floor']['method']})"
+        lines.append(f"Floor, real against real: {floor}; in parentheses, times the floor.")
     odd = sorted({f"{r['sampler']} makes {r['nfe_counted']:g} at {r['nfe']}" for r in group if r["nfe_counted"] != r["nfe"]})
     if odd:
         lines.append(f"Evaluations counted by a hook: {'; '.join(odd)}.")
@@ -79,11 +80,13 @@ def number(value: float) -> str:
 
 
 def cell(record: Record, metric: str) -> str:
-    """A value with its standard deviation over seeds, or its interval."""
+    """A value with its standard deviation over seeds, its interval, or how many times the floor it is."""
     value, std = record["mean"][metric], record["std"].get(metric)
     if f"{metric}_low" in record["mean"]:
         return f"{number(value)} [{number(record['mean'][metric + '_low'])}, {number(record['mean'][metric + '_high'])}]"
-    return number(value) if std is None else f"{number(value)} ± {std:.1g}"
+    text = number(value) if std is None else f"{number(value)} ± {std:.1g}"
+    floor = record["floor"]["value"] if record["floor"] and metric in ("fid", "fd") else 0.0
+    return f"{text} ({value / floor:.1f})" if floor > 0 else text
 
 
 def rows(group: Sequence[Record], metric: str) -> tuple[list[int], list[tuple[str, list[tuple[str, bool]]]]]:
