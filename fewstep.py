@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from distill import cli as distill
 from samplers.commands import demo, doctor, fid, minority, sample, schedule
 from samplers.commands.common import INCOMPLETE, MISSING, USAGE, err_console
 
@@ -17,6 +18,7 @@ app.command()(sample.sample)
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(fid.app, name="fid")
 app.add_typer(minority.app, name="minority")
+app.add_typer(distill.app, name="distill")
 app.command()(doctor.doctor)
 
 

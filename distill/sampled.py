@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from cmaes import SepCMA
 from torch import Tensor
 
@@ -88,6 +86,9 @@ def fit_sampled(
     Raises:
         ValueError: the journal belongs to another search.
     """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
     state, generations = PartialState(), max(1, -(-evaluations // population))
     head = {
         "space": [space.process, space.plain.transition, space.nfe, space.seq_len, list(space.knobs)],

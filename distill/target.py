@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -170,6 +169,8 @@ def teacher_samples(
     Raises:
         ValueError: several processes and no folder.
     """
+    from accelerate import PartialState
+
     table, state = teacher.table(process.name, seq_len), PartialState()
     if state.num_processes > 1 and folder is None:
         raise ValueError("several processes share teacher samples through a folder: name one")
