@@ -102,6 +102,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"{label} is not supported: RePaint moves back and forth in time")
     if name == "IPNDMScheduler" or set(values) == {"num_train_timesteps", "trained_betas"}:
         return _trig_config(label, values)
+    values |= _continuous(label, values)
     family = _family(name, values)
     if family is None:
         raise ValueError(
@@ -116,6 +117,20 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         values["clock"] = "atan"
     sigma_data = _or(values.get("sigma_data"), 0.5) if family == "edm" else None
     return ModelConfig(family, kind, sigma_data, values)
+
+
+def _continuous(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """EulerDiscreteScheduler's continuous v-prediction (Stable Video Diffusion): EDM with sigma_data 1, whatever its betas."""
+    if "family" in values or values.get("timestep_type") != "continuous" or values.get("prediction_type") != V_PREDICTION:
+        return {}  # read before, or of another kind
+    kinds = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
+    kind = next((kind for flag, kind in kinds.items() if values.get(flag)), None)
+    if kind is None or values.get("sigma_min") is None or values.get("sigma_max") is None:
+        raise ValueError(
+            f"{label} has timestep_type='continuous', whose noise levels are read from sigma_min, sigma_max and "
+            "use_karras_sigmas or use_exponential_sigmas: set them"
+        )
+    return {"family": "edm", "sigma_data": 1.0, "sigma_schedule": kind, "clock": "log"}
 
 
 def _trig_config(label: str, values: dict[str, Any]) -> ModelConfig:

@@ -41,8 +41,8 @@ def config_times(
         even = torch.linspace(1, 0, n + 1, dtype=torch.float64)[:-1]
         points = torch.asin(torch.sin(even * (math.pi / 2)) ** 2) * (2 / math.pi)
     elif (kind := _named_ramp(config)) is not None and convention != "distilled":
-        high, low = (float(torch.exp(-noise.lam(t))) for t in (1.0, noise.t_min))
-        points = noise.t_of_lam(-torch.log(_sigma_ramp(high, low, n, kind, config)))
+        ramp = _sigma_ramp(*_ramp_ends(noise, config, n, convention=convention), n, kind, config)
+        points = noise.t_of_lam(-torch.log(ramp))
     else:
         points = noise.t_of_timestep(training_steps(noise, config, n, convention=convention))
     points[0] = points[0].clamp(max=noise.t_max)
@@ -93,6 +93,21 @@ def training_steps(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, c
     if spacing == "trailing":
         return (total - torch.arange(n, dtype=torch.float64) * (total / n)).round() - 1
     raise ValueError(f"unknown timestep_spacing {spacing!r}; known: linspace, leading, trailing")
+
+
+def _ramp_ends(noise: NoiseSchedule, config: Mapping[str, Any], n: int, *, convention: str) -> tuple[float, float]:
+    """Highest and lowest sigma / alpha of a named grid: of all training steps, or (Euler's kind) of those spacing picks."""
+    ends = [1.0, noise.t_min]
+    if convention == "inclusive":
+        ends = noise.t_of_timestep(training_steps(noise, config, n, convention=convention)[[0, -1]]).tolist()
+    high, low = (float(torch.exp(-noise.lam(t))) for t in ends)
+    top, bottom = (float(torch.exp(-noise.lam(t))) for t in (1.0, noise.t_min))
+    for name in ("sigma_max", "sigma_min"):
+        value = config.get(name)
+        if value is not None and not bottom * (1 - 1e-6) <= value <= top * (1 + 1e-6):
+            raise ValueError(f"{name} {value} lies outside the noise levels {bottom:.4g} to {top:.4g} of this model's training")
+    largest, smallest = config.get("sigma_max"), config.get("sigma_min")
+    return high if largest is None else float(largest), low if smallest is None else float(smallest)
 
 
 def _named_ramp(config: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -99,6 +100,69 @@ def test_ddim_with_eta(options: dict[str, Any], eta: float, n: int, x: Tensor, t
 @pytest.mark.parametrize("options", SPACED)
 def test_euler_ancestral(options: dict[str, Any], n: int, x: Tensor, tools: Any) -> None:
     _agree(EulerAncestralDiscreteScheduler(**options), "euler_ancestral", n, x, tools)
+
+
+RAMPS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
+
+
+@pytest.mark.parametrize("flag", RAMPS)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (EulerDiscreteScheduler, "euler"),
+        (HeunDiscreteScheduler, "heun"),
+        (LMSDiscreteScheduler, "lms"),
+        (DPMSolverMultistepScheduler, "dpmpp:order=2"),
+    ],
+)
+def test_named_grids_of_every_spacing(cls: type[SchedulerMixin], text: str, spacing: str, flag: str) -> None:
+    """Euler's kind runs between the noise levels that spacing picks; DPM-Solver's kind between those of all training steps."""
+    theirs = cls(timestep_spacing=spacing, steps_offset=int(spacing == "leading"), **{flag: True})
+    ours = SolverScheduler.from_config(theirs.config, schedule=text)
+    for n in (2, 7):
+        theirs.set_timesteps(n)
+        ours.set_timesteps(len(theirs.timesteps))
+        torch.testing.assert_close(ours.sigmas.unique(), theirs.sigmas.unique(), rtol=1e-5, atol=0)
+
+
+def test_named_grids_between_given_noise_levels() -> None:
+    theirs = EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=0.1, sigma_max=60.0)
+    ours = SolverScheduler.from_config(theirs.config, schedule="euler")
+    theirs.set_timesteps(6)
+    ours.set_timesteps(6)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"sigma_max 700\.0 lies outside the noise levels"):
+        SolverScheduler.from_config({**theirs.config, "sigma_max": 700.0}, schedule="euler").set_timesteps(6)
+
+
+VIDEO = {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0}
+
+
+@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("n", [5, 25])
+def test_continuous_v_prediction(n: int, flag: str, x: Tensor, tools: Any) -> None:
+    """Stable Video Diffusion: betas in its config, and a network on EDM's clock."""
+    theirs = EulerDiscreteScheduler(**VIDEO, **{flag: True}, beta_schedule="scaled_linear", timestep_spacing="leading")
+    ours = SolverScheduler.from_config(theirs.config, schedule="euler")
+    theirs.set_timesteps(n)
+    ours.set_timesteps(n)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-6, atol=0)
+    assert ours.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+
+    def model(state: Tensor, t: Tensor) -> Tensor:
+        return tools.model(state, 100 * t)
+
+    expected = tools.loop(theirs, x * theirs.init_noise_sigma, model)
+    assert tools.relative(tools.loop(ours, x * ours.init_noise_sigma, model), expected) < 2 * tools.limit
+    again = SolverScheduler.from_config(EulerDiscreteScheduler.from_config(ours.config).config)
+    assert (again.config.family, again.config.sigma_data, again.config.sigma_max) == ("edm", 1.0, 700.0)
+
+
+def test_continuous_v_prediction_without_its_noise_levels() -> None:
+    with pytest.raises(ValueError, match="set them"):
+        SolverScheduler.from_config(EulerDiscreteScheduler(**VIDEO).config)
 
 
 @long_too
@@ -236,8 +300,8 @@ def test_grids(flag: str, kind: str, n: int, x: Tensor, tools: Any) -> None:
 
 
 def test_every_stochastic_recipe_with_a_class_is_compared() -> None:
-    """A new one with a class in diffusers needs a test above."""
-    covered = {"ddpm", "euler_ancestral", "sa_solver", "lcm", "tcd"}
+    """A new one with a class in diffusers needs a test above, or (dpmpp_sde) among those of Brownian noise."""
+    covered = {"ddpm", "euler_ancestral", "sa_solver", "lcm", "tcd", "dpmpp_sde"}
     found = {
         name
         for name, one in RECIPES.items()
