@@ -57,6 +57,7 @@ RECIPES = (
     "dpmpp:order=2,tau=1",
     "restart",
 )
+STOCHASTIC = ("ddpm", "euler_ancestral", "sa_solver", "dpmpp:order=2,tau=1", "restart")  # no converged solution to compare with
 GRID_NAMES = (*GRIDS, "gits")
 _KARRAS = {"use_karras_sigmas": True}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -233,9 +234,9 @@ def report_jobs(name: str, ledger: dict[str, dict[str, Any]]) -> Iterator[Job]:
 
 
 def chosen_grid(ledger: dict[str, dict[str, Any]], name: str, text: str, nfe: int) -> str | None:
-    """The grid that was best on the screening noises: by RMSE, or by distance where the recipe draws noise."""
+    """The grid that was best on the screening noises: by RMSE, or by distance for recipes that draw noise."""
     entries = {grid: ledger.get(Job(name, "screen", text, grid, nfe).key, {}) for grid in GRID_NAMES}
-    measure = "rmse" if any("rmse" in entry for entry in entries.values()) else "swd"
+    measure = "swd" if text in STOCHASTIC else "rmse"
     known = {grid: entry[measure] for grid, entry in entries.items() if entry.get(measure) is not None}
     return min(known, key=known.__getitem__, default=None)
 

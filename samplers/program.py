@@ -147,7 +147,8 @@ def _move(stage: Stage, before: tuple[str, ...], after: tuple[str, ...], index: 
     names = [*before, *([stage.raw or ""] if raw else []), query.output]
     rows = tuple([_sum(row, names, uniform) for row in stage.rows])
     keep = tuple(names.index(name) if name else MISSING for name in after)
-    levels = torch.tensor([query.alpha, query.sigma], dtype=torch.float64) if uniform else None
+    both = [torch.as_tensor(level, dtype=torch.float64) for level in (query.alpha, query.sigma)]  # they may need gradients
+    levels = torch.stack(both) if uniform else None
     return Move(query, before.index(query.state), before, raw, rows, keep, index, levels)
 
 

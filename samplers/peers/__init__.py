@@ -8,7 +8,7 @@ from .learned import from_bns, from_dyweight, from_gs, from_s4s, stick_breaking
 from .midpoints import Midpoint, amed, from_adasde, from_epd, from_midpoints
 from .reading import read_table
 from .rows import Row, compiled_rows, from_rows
-from .times import compensated, cumulative_softmax, decoupled, fit_compensation, from_ld3
+from .times import compensated, cumulative_softmax, decoupled, fit_compensation, fit_evaluation_times, from_ld3
 from .usf import load_usf
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "cumulative_softmax",
     "decoupled",
     "fit_compensation",
+    "fit_evaluation_times",
     "from_adasde",
     "from_bns",
     "from_dyweight",

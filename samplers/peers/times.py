@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from ..engine import Denoiser, Engine
+from ..engine import Denoiser, Engine, sample
 from ..noise import NoiseSchedule
 from ..recipes import parse_recipe
-from ..strategy import SolverSchedule
+from ..strategy import Evaluation, SolverSchedule
 from ..tableau import Tableau
 from .reading import Source, number_array, read_table
+
+LAMBDA_START = -5.1  # where states at alpha = 0 count as being
 
 
 def cumulative_softmax(logits: Tensor, t_max: float, t_min: float) -> Tensor:
@@ -32,7 +36,7 @@ def cumulative_softmax(logits: Tensor, t_max: float, t_min: float) -> Tensor:
     return torch.cat([logits.new_full((1,), t_max), t_max - (t_max - t_min) * shares])
 
 
-def decoupled(schedule: SolverSchedule, told: Sequence[float], *, keep: str = "eps") -> SolverSchedule:
+def decoupled(schedule: SolverSchedule, told: Sequence[float], *, keep: Literal["x0", "eps"] = "eps") -> SolverSchedule:
     """Tell the network other times than the states' own.
 
     Args:
@@ -146,3 +150,63 @@ def fit_compensation(
         if t is not None:
             answers.append(denoiser(reached, t))
     return compensated(schedule, ratios)
+
+
+def fit_evaluation_times(
+    schedule: SolverSchedule,
+    denoiser: Denoiser,
+    noise_schedule: NoiseSchedule,
+    x: Tensor,
+    target: Tensor,
+    *,
+    steps: int = 60,
+    rate: float = 0.03,
+    keep: Literal["x0", "eps"] = "eps",
+) -> SolverSchedule:
+    r"""`decoupled` with the times that bring the result nearest to the target, by gradients through the sampler (LD3).
+
+    What is learned is a shift in $\lambda$ per evaluation; the states' own times stay (`search.refine` learns those).
+
+    Args:
+        schedule: the solver; no fresh noise.
+        denoiser: differentiable in the state and the time.
+        noise_schedule: the denoiser's.
+        x: (B, *E) noises.
+        target: (B, *E) where a teacher takes them.
+        steps: of Adam.
+        rate: its learning rate.
+        keep: as in `decoupled`.
+
+    Returns:
+        The schedule with the smallest error that was met; the given one where nothing was better.
+
+    Raises:
+        ValueError: a stochastic schedule.
+    """
+    if schedule.stochastic:
+        raise ValueError("evaluation times are fitted for deterministic schedules")
+    own = torch.tensor(schedule.times[:-1], dtype=torch.float64)
+    floor = noise_schedule.lam(noise_schedule.t_max).clamp(min=LAMBDA_START)
+    lam = noise_schedule.lam(own).clamp(min=floor)
+    shifts = torch.zeros_like(lam, requires_grad=True)
+    optimiser = torch.optim.Adam([shifts], lr=rate)
+    best, least = schedule, math.inf
+    with torch.enable_grad():
+        for _ in range(steps + 1):
+            told = noise_schedule.t_of_lam((lam + shifts).clamp(min=floor)).clamp(min=noise_schedule.t_min)
+            symbolic = tuple(
+                msgspec.structs.replace(s, eval=Evaluation(t_shift=after - before, keep=keep))
+                if s.eval.source == "model"
+                else s
+                for s, before, after in zip(schedule.steps, own, told, strict=True)
+            )
+            out = sample(denoiser, x, msgspec.structs.replace(schedule, steps=symbolic), noise_schedule)
+            assert isinstance(out, Tensor)
+            loss = (out - target).square().mean()
+            if loss.item() < least:
+                least = loss.item()
+                best = decoupled(schedule, told.tolist(), keep=keep) if bool(shifts.detach().any()) else schedule
+            optimiser.zero_grad(set_to_none=True)
+            loss.log().backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    return best

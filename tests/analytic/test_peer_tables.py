@@ -16,6 +16,7 @@ from samplers.peers import (
     cumulative_softmax,
     decoupled,
     fit_compensation,
+    fit_evaluation_times,
     from_adasde,
     from_bns,
     from_dyweight,
@@ -366,3 +367,23 @@ def test_fitted_compensation_lowers_the_error_on_other_noises(law: GaussianMixtu
         return float((sample(denoiser, x[32:], schedule, VP) - targets[-1][32:]).square().mean().sqrt())
 
     assert error(fitted) < 0.9 * error(base)
+
+
+@pytest.mark.parametrize("keep", ["eps", "x0"])
+def test_fitted_evaluation_times_lower_the_error_on_other_noises(law: GaussianMixture, keep: str) -> None:
+    denoiser = law.denoiser(VP)
+    x = torch.randn(96, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    base = recipe("dpmpp:order=2,grid=lambda,final=sigma_min", VP, 4)
+    truth = sample(denoiser, x, recipe("dpmpp:order=3,taylor=true,grid=lambda,final=sigma_min", VP, 200), VP)
+    with torch.no_grad():  # callers may be under it
+        fitted = fit_evaluation_times(base, denoiser, VP, x[:48], truth[:48], steps=25, rate=0.05, keep=keep)
+    assert fitted.times == base.times
+    assert any(step.eval.t_shift for step in fitted.steps)
+    assert SolverSchedule.from_dict(fitted.to_dict()).digest == fitted.digest
+
+    def error(schedule: SolverSchedule) -> float:
+        return float((sample(denoiser, x[48:], schedule, VP) - truth[48:]).square().mean().sqrt())
+
+    assert error(fitted) < 0.96 * error(base)
+    with pytest.raises(ValueError, match="deterministic"):
+        fit_evaluation_times(recipe("ddpm", VP, 4), denoiser, VP, x, truth)
