@@ -3,8 +3,8 @@
     python benchmarks/minority.py --part mixture --part digits --work DIR [--seeds 3] [--sampler ddpm --sampler ...]
     python benchmarks/minority.py --table
 
-Results go to ``benchmarks/results/minority-PART.json`` after every row; the same command continues an interrupted run. ``--sampler``
-names the samplers of the rows at 10 network evaluations: recipe text, a JSON schedule or a shipped name.
+Results go to ``benchmarks/results/minority-PART.json`` after every row; the same command continues an interrupted run.
+``--sampler`` names the samplers of the rows at 10 network evaluations: recipe text, a JSON schedule or a shipped name.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def sample(
     label: Annotated[str, typer.Option(help="Bin (-1 the rarest, 0 the commonest), 'each', or 'part:K,K'.")] = "-1",
     window: Annotated[str, typer.Option(help="low,high in alpha_bar: where guidance acts.")] = "0,1",
     rejection: Annotated[int, typer.Option(min=0, help="Also draw so many times more images and keep the rarest.")] = 0,
-    reference: Annotated[int, typer.Option(min=20, help="Real images to compare with.")] = 2000,
+    reference: Annotated[int, typer.Option(min=100, help="Real images to compare with.")] = 2000,
     protocol: Annotated[str, typer.Option(help="Features to compare in.")] = "fd-pixel",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -198,6 +198,10 @@ def sample(
         distance={"squared_error": "l2", "absolute_error": "l1"}.get(settings["distance"], "lpips"),
         prompt=settings["prompt"], device=device, dtype=dtype, batch_size=batch_size, offline=offline, with_pipe=True,
     )  # fmt: skip
+    if len(inputs) < 100:
+        raise ValueError(
+            f"the report compares with the rare tenth of at least 100 images; {settings['data']} has {len(inputs)}"
+        )
     with progress_bar() as bar:
         sets = sample_sets(pipe, found, request, settings, scorer, inputs, out, bar)
         result = compare_sets(sets, inputs, scorer, out, reference=reference, protocol=protocol, seed=seed, bar=bar)

@@ -58,7 +58,10 @@ def sample_sets(
     Raises:
         ValueError: the folder holds another run; it is left untouched.
     """
-    guidance.label_mask(classifier, request.label, 1)  # refused before anything is written
+    # Refused before anything is written.
+    guidance.label_mask(classifier, request.label, 1)
+    guidance.check_guidance(request.scale)
+    guidance.Window(*request.window)
     record = out / _RECORD
     wanted = {**request.to_dict(), "scores": settings}
     if record.is_file():

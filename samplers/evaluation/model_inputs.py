@@ -62,17 +62,17 @@ def inputs_for(pipe: Any, source: ImageSource, height: int | None = None, width:
     """The images as ``pipe``'s model takes them.
 
     Raises:
-        ValueError: a pipeline whose latents are packed or of more than one frame.
+        ValueError: a pipeline whose latents are packed (Flux) or have no fixed size.
     """
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     vae = getattr(pipe, "vae", None)
+    if hasattr(pipe, "_pack_latents") or not hasattr(network.config, "sample_size"):
+        raise ValueError(f"{type(pipe).__name__} packs its latents: encode the images yourself and use samplers.guidance")
     side = network.config.sample_size
     sides = (side, side) if isinstance(side, int) else tuple(side)
     if vae is None:
         return ModelInputs(source, network.config.in_channels, sides)
     config, factor = vae.config, pipe.vae_scale_factor
-    if len(getattr(config, "block_out_channels", ())) == 0 or hasattr(pipe, "_pack_latents"):
-        raise ValueError(f"{type(pipe).__name__} packs its latents: encode the images yourself and use samplers.guidance")
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:

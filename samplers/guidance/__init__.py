@@ -14,7 +14,7 @@ from .levels import alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 from .minority import minority_guidance, self_minority_guidance
 from .scorer import MinorityScorer
 from .scoring import read_scores, score_dataset
-from .shifts import class_gradient, guided_denoiser, label_mask, score_to_x0
+from .shifts import Window, check_guidance, class_gradient, guided_denoiser, label_mask, score_to_x0
 from .skipping import BoostRun, boost_and_skip
 
 __all__ = [
@@ -24,11 +24,13 @@ __all__ = [
     "GuidanceRun",
     "MinorityClassifier",
     "MinorityScorer",
+    "Window",
     "absolute_error",
     "alpha_bar_of_snr",
     "bins_within",
     "boost_and_skip",
     "boost_gain",
+    "check_guidance",
     "class_gradient",
     "equal_count_bins",
     "feature_distance",

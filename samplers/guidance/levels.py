@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from ..noise import NoiseSchedule
@@ -34,19 +35,12 @@ def top_eigenvalue(x0: Tensor) -> float:
         gram = flat.mT @ flat if flat.shape[1] <= flat.shape[0] else flat @ flat.mT
         value = torch.linalg.eigvalsh(gram)[-1].item() / (len(flat) - 1)
     else:
-        value = _power_iteration(flat) / (len(flat) - 1)
+        # Lanczos, started from the longest sample so that nothing is random.
+        start = flat[flat.norm(dim=1).argmax()] if flat.shape[1] <= flat.shape[0] else flat.norm(dim=1)
+        value = svds(flat.numpy(), k=1, v0=start.numpy(), return_singular_vectors=False)[0] ** 2 / (len(flat) - 1)
     if not value > 0:
         raise ValueError("all samples are alike: their covariance is zero, and nothing among them is rare")
     return value
-
-
-def _power_iteration(flat: Tensor, steps: int = 100) -> float:
-    """Largest eigenvalue of ``flat.mT @ flat``, started from the longest sample."""
-    v = flat[flat.norm(dim=1).argmax()]
-    for _ in range(steps):
-        v = v / v.norm()
-        v = flat.mT @ (flat @ v)
-    return v.norm().item()
 
 
 def alpha_bar_of_snr(snr: float, top_variance: float) -> float:

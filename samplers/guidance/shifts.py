@@ -193,7 +193,7 @@ def guided_denoiser(
     return guided
 
 
-def check_guidance(scale: float, form: str) -> None:
+def check_guidance(scale: float, form: str = "eps") -> None:
     """Refuse a scale that is negative or not finite, and unknown forms.
 
     Raises:

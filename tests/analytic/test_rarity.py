@@ -71,7 +71,7 @@ def test_report_against_the_rare_subset_tells_dense_from_thin(clouds, generator)
     close, far = rare_subset_report(more, real, rare), rare_subset_report(dense, real, rare)
     assert close.frechet < far.frechet
     assert close.precision > 0.9
-    assert close.recall > 0.8 > 0.2 > far.recall
+    assert close.recall > 0.6 > 0.2 > far.recall
     expected = frechet_distance(more.mean(0), more.mT.cov(), thin.mean(0), thin.mT.cov())
     assert close.frechet == pytest.approx(expected)
     assert close.rare == 20

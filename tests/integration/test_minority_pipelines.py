@@ -1,6 +1,7 @@
 """Minority guidance around unmodified pipelines of every kind."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from samplers import NoiseSchedule, recipe, sample
 from samplers.denoisers import from_pipeline
 from samplers.guidance import MinorityClassifier, boost_and_skip, guided_denoiser, minority_guidance, self_minority_guidance
+from samplers.particles import FeynmanKac, Target
 from samplers.reference import load
 from samplers.schedulers import swap
 
@@ -304,3 +306,24 @@ def test_wrong_shapes_classes_and_pipelines_are_refused(build):
         minority_guidance(bare, classifier_for((1, 8, 8))),
     ):
         pass
+
+
+def test_composes_with_a_reward_on_particles():
+    """Both at once, in either order of the blocks: guided, and weighted by brightness."""
+    pipe = load("digits")
+    classifier = classifier_for((1, 8, 8))
+
+    def brightness(reward: float, guided: bool, swapped: bool = False) -> float:
+        target = Target.power(1.0).with_reward(lambda x0: x0.flatten(1).mean(1), reward)
+        blocks = [lambda: FeynmanKac(target).attach(pipe, particles=8)]
+        blocks += [lambda: minority_guidance(pipe, classifier, scale=20.0)] if guided else []
+        with ExitStack() as stack:
+            runs = [stack.enter_context(block()) for block in (blocks[::-1] if swapped else blocks)]
+            generator = torch.Generator().manual_seed(0)
+            images = pipe(batch_size=2, num_inference_steps=6, generator=generator, output_type="np").images
+        assert not guided or runs[0 if swapped else 1].guided == 6
+        return float(images.mean())
+
+    assert brightness(40.0, guided=True) > brightness(0.0, guided=True) + 0.02
+    assert brightness(40.0, guided=True) == pytest.approx(brightness(40.0, guided=True, swapped=True))
+    assert brightness(0.0, guided=True) != brightness(0.0, guided=False)
