@@ -37,6 +37,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "schedules": sorted(shipped_schedules()),
         "hub_models": sorted(p.name.removeprefix("models--").replace("--", "/") for p in cache.glob("models--*")),
     }
+    report["inception_weights"] = _inception_weights()
     if as_json:
         typer.echo(json.dumps(report))
         return
@@ -48,4 +49,19 @@ def doctor(as_json: JsonOption = False) -> None:
     table.add_row("reference pipelines", ", ".join(report["reference_pipelines"]) or "none", "reinstall fewstep")
     table.add_row("schedules", ", ".join(report["schedules"]) or "none", "")
     table.add_row("hub models", ", ".join(report["hub_models"]) or "none", f"downloaded on first use into {cache}")
+    weights = report["inception_weights"]
+    table.add_row("Inception weights", weights["path"] or "none", weights["advice"])
     out_console.print(table)
+
+
+def _inception_weights() -> dict[str, str | None]:
+    """Where the weights of FID are and whether they are the published ones, or how to get them."""
+    from ..evaluation import MissingModelError
+    from ..evaluation.features.weights import INCEPTION, find_weights, sha256
+
+    try:
+        path = find_weights(INCEPTION, offline=True)
+    except MissingModelError as error:
+        return {"path": None, "advice": str(error)}
+    published = sha256(path) == INCEPTION.sha256
+    return {"path": str(path), "advice": "" if published else "not the published weights: another SHA-256"}

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .moments import FeatureMoments
 
+# Covariances that others summed in float32 have eigenvalues this far below zero, relative to the largest.
+NEGATIVE = 1e-5
+
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
     r"""Squared Frechet (2-Wasserstein) distance between two Gaussians.
@@ -50,7 +53,7 @@ class FrechetReference:
         self.mu, self.sigma = _gaussian(mu, sigma)
         values, vectors = torch.linalg.eigh(self.sigma)
         floor = _floor(values)
-        if values[0] < -1e3 * floor:
+        if values[0] < -NEGATIVE * values[-1]:
             raise ValueError(f"not a covariance: its eigenvalues go from {values[0].item():.3g} to {values[-1].item():.3g}")
         keep = values > floor
         # R with R R^T = sigma; directions without variance drop out.
@@ -86,7 +89,7 @@ class FrechetReference:
         smallest = values.min().item() if len(values) else 0.0
         # A covariance makes the product positive semi-definite up to rounding, which scales with both matrices.
         scale = (self.sigma.diagonal().abs().max() * sigma.diagonal().abs().max()).item()
-        if smallest < -1e-9 * max(scale, values.abs().max().item() if len(values) else 0.0) * len(mu):
+        if smallest < -NEGATIVE * max(scale, values.max().item() if len(values) else 0.0):
             raise ValueError(f"not a covariance: the product of the covariances has an eigenvalue of {smallest:.3g}")
         return self._value(mu, sigma.trace(), _root_sum(values))
 

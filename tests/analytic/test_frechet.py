@@ -83,6 +83,17 @@ def test_refuses(mu, sigma, message):
         FrechetReference(torch.zeros(2), torch.eye(2)).distance(mu, sigma)
 
 
+def test_covariances_that_were_summed_in_single_precision():
+    """Files of other tools: singular, and with eigenvalues below zero by float32 rounding; clipped, not refused."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(9))
+    single, exact = torch.cov(x.T), torch.cov(x.double().T)
+    assert torch.linalg.eigvalsh(single.double()).min() < 0
+    mu, other = torch.zeros(64), covariance(64, 10)
+    expected = frechet_distance(mu, exact, mu, other)
+    assert frechet_distance(mu, single, mu, other) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(mu, other, mu, single) == pytest.approx(expected, rel=1e-3)
+
+
 def test_moments_are_those_of_numpy():
     x = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
     moments = FeatureMoments(7, rows=64)
