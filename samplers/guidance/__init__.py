@@ -12,6 +12,7 @@ from .fitting import FitReport, FitSettings, fit
 from .hooks import GuidanceRun
 from .levels import alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 from .minority import minority_guidance, self_minority_guidance
+from .prompts import PromptSettings, minority_prompt
 from .scorer import MinorityScorer
 from .scoring import read_scores, score_dataset
 from .shifts import Window, check_guidance, class_gradient, guided_denoiser, label_mask, score_to_x0
@@ -24,6 +25,7 @@ __all__ = [
     "GuidanceRun",
     "MinorityClassifier",
     "MinorityScorer",
+    "PromptSettings",
     "Window",
     "absolute_error",
     "alpha_bar_of_snr",
@@ -40,6 +42,7 @@ __all__ = [
     "level_of_gain",
     "lpips",
     "minority_guidance",
+    "minority_prompt",
     "model_top_variance",
     "read_scores",
     "score_dataset",

@@ -123,6 +123,7 @@ class NetworkCall:
         sigma: noise level.
         end: (alpha, sigma) where the step that follows ends.
         index: place among the scheduler's timesteps.
+        first: whether it is the first of a run.
         copies: how often the same states stand along the batch (2 with classifier-free guidance).
         inputs: the network's arguments.
         clock: times and levels.
@@ -136,6 +137,7 @@ class NetworkCall:
     sigma: float
     end: tuple[float, float]
     index: int
+    first: bool
     copies: int
     inputs: NetworkInputs
     clock: Clock
@@ -189,9 +191,10 @@ def guided_network(pipe: Any, shift: Shift, run: GuidanceRun) -> Iterator[None]:
         busy = True
         try:
             inputs = NetworkInputs.of(args, kwargs)
-            if clock.look(pipe.scheduler, inputs.timestep):
+            first = clock.look(pipe.scheduler, inputs.timestep)
+            if first:
                 copies[0] = _copies(pipe, inputs.state)
-            return _guided(_call(inputs, clock, copies[0], original, run, channels), shift, args, kwargs)
+            return _guided(_call(inputs, clock, first, copies[0], original, run, channels), shift, args, kwargs)
         finally:
             busy = False
 
@@ -216,6 +219,7 @@ def patched_forward(network: torch.nn.Module, forward: Callable[..., Any]) -> It
 def _call(
     inputs: NetworkInputs,
     clock: Clock,
+    first: bool,
     copies: int,
     network: Callable[..., Any],
     run: GuidanceRun,
@@ -227,7 +231,7 @@ def _call(
     if channels is not None and state.ndim == 4 and channels < state.shape[1]:
         state = state[:, :channels]  # inpainting networks are given more than the state, which comes first
     end = clock.levels(clock.index + 1)
-    return NetworkCall(state, alpha, sigma, end, clock.index, copies, inputs, clock, network, run)
+    return NetworkCall(state, alpha, sigma, end, clock.index, first, copies, inputs, clock, network, run)
 
 
 def _guided(call: NetworkCall, shift: Shift, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
