@@ -10,6 +10,7 @@ from typing import Any
 from ..noise import NoiseSchedule
 from ..strategy import StepStrategy
 from .adams import deis, ipndm, lms, pndm, pndm_macro, sa_solver
+from .dpm_v3 import dpm_v3
 from .dpmpp import dpmpp
 from .first_order import ddim, ddpm, euler, euler_ancestral, lcm, tcd, tcd_expand
 from .midpoint import dpmpp_sde, dpmpp_sde_expand, kdpm2, kdpm2_expand, midpoint_per_step
@@ -33,6 +34,7 @@ class Recipe:
         honours: config keys for processing x0 that the in-tree class obeys.
         order: declared local order given the options, on the grid named by ``order_grid``; None for stochastic rules.
         order_grid: "any", or the only axis on which the order holds ("even-sigma").
+        needs_statistics: whether schedules need the model's `samplers.statistics.EmpiricalStatistics`.
         nfe_per_step: network evaluations per step of the grid.
         macro: steps of the grid for an NFE, where that is not one each.
         expand: turns the grid's times into the schedule's, where a rule has times of its own in between.
@@ -46,6 +48,7 @@ class Recipe:
     honours: tuple[str, ...] = ()
     order: Callable[[Options], int | None] = lambda options: int(options["order"])
     order_grid: str = "any"
+    needs_statistics: bool = False
     nfe_per_step: int = 1
     macro: Callable[[NoiseSchedule, int, Options], int] = lambda noise, nfe, options: nfe
     expand: Callable[[NoiseSchedule, tuple[float, ...], int, Options], tuple[float, ...]] | None = None
@@ -153,6 +156,14 @@ RECIPES = {
                 "DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler", "sample_dpmpp_2m", "dpmpp_2m", "DPM++ 2M"
             ),
         ),
+        Recipe(
+            "dpm_v3",
+            dpm_v3,
+            final="sigma_min",
+            honours=("thresholding",),
+            order=lambda o: min(int(o["order"]), 2) if o["pseudo"] else int(o["order"]),
+            needs_statistics=True,
+        ),
         Recipe("unipc", unipc, honours=("thresholding",), known_as=_known("UniPCMultistepScheduler", "", "uni_pc", "UniPC")),
         Recipe("deis", deis, honours=("thresholding",), known_as=_known("DEISMultistepScheduler", "", "deis")),
         Recipe("ipndm", ipndm, "inclusive", order_grid="even-sigma", known_as=_known("IPNDMScheduler", "", "ipndm")),
@@ -206,6 +217,7 @@ ALIASES: dict[str, str] = {
     "dpm_solver": "dpm:order=2",
     "dpm_solver_2": "dpm:order=2",
     "dpm_solver_3": "dpm:order=3",
+    "dpm_solver_v3": "dpm_v3",
     "uni_pc": "unipc:order=3,variant=bh1",
     "uni_pc_bh2": "unipc:order=3,variant=bh2",
     "ipndm_v": "lms:order=4",

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from samplers import Corrector, NoiseSchedule, SolverSchedule, StepStrategy, Tableau, sample
+from samplers import Corrector, NoiseSchedule, SolverSchedule, StepStrategy, Tableau, parse_recipe, recipe, sample
 from samplers.denoisers import GaussianMixture
 from samplers.statistics import EmpiricalStatistics
 from samplers.statistics.reading import LinearReading, NodeReading
@@ -69,6 +69,59 @@ def test_constant_statistics_are_the_pair_prediction() -> None:
     statistics = EmpiricalStatistics(lam, l, s, torch.zeros_like(l))
     a, b = (sample(_law().denoiser(noise), x, schedule, noise, statistics=statistics) for schedule in plan)
     assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+# ---- the recipe ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NOISE)
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("dpm_v3:order=1,corrector=none", "ddim"),
+        ("dpm_v3:order=2,corrector=none,lower_order_final=false", "dpmpp:order=2,solver_type=heun,lower_order_final=false"),
+        (
+            "dpm_v3:order=3,corrector=none,lower_order_final=false",
+            "dpmpp:order=3,solver_type=heun,taylor=true,lower_order_final=false",
+        ),
+    ],
+)
+def test_with_data_statistics_the_recipe_is_dpm_solver_pp(text: str, same: str, kind: str) -> None:
+    noise, x = NOISE[kind], torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).double()
+    lam = torch.linspace(-7.0, 8.0, 5, dtype=torch.float64)
+    data = EmpiricalStatistics(lam, torch.ones(5), torch.zeros(5), torch.zeros(5))
+    plans = [parse_recipe(t).schedule(noise, 5, at=TIMES[kind]) for t in (text, same)]
+    a, b = (sample(_law().denoiser(noise), x, plan, noise, statistics=data) for plan in plans)
+    assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_options_of_the_recipe() -> None:
+    def steps(options: str, final: str = "sigma_min", nfe: int = 6) -> tuple[StepStrategy, ...]:
+        return recipe(f"dpm_v3:grid=linspace,final={final}{options}", NOISE["vp"], nfe).steps
+
+    plain = steps("")
+    assert [step.order for step in plain] == [1, 2, 3, 3, 2, 1]
+    assert [step.corr and step.corr.order for step in plain] == [2, 3, 4, 4, 3, None]
+    assert plain[2].corr.d_nodes == (1, 2, 3)
+    assert plain[2].d_nodes == ()
+    assert [step.order for step in steps(",lower_order_final=false")] == [1, 2, 3, 3, 3, 3]
+    assert steps(",pseudo=true")[2].d_nodes == (1, 2)
+    assert [step.corr and step.corr.order for step in steps(",corrector=taylor")] == [None, 2, 3, 3, 2, None]
+    times = recipe("dpm_v3:grid=linspace,half=true", NOISE["vp"], 6).times
+    halved = [step.corr is not None for step in steps(",half=true")]
+    assert halved == [t > 0.5 for t in times[1:]]
+    assert 0 < sum(halved) < 5
+    assert steps("", final="zero")[-1] == StepStrategy()
+    assert all(step.pred == "v3" for step in plain)
+    flow = recipe("dpm_v3", NOISE["flow"], 5)  # from alpha = 0, which no later step reads either
+    assert [step.pred for step in flow.steps] == ["x0", "v3", "v3", "v3", "v3"]
+    assert [flow.stencil(i).derivatives for i in (1, 2)] == [(), (((1,), None),)]
+    for bad, reason in (
+        ("order=4", "order must be 1..3, got 4"),
+        ("corrector=full", "unknown corrector 'full'; known: pseudo"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            recipe(f"dpm_v3:{bad}", NOISE["vp"], 5)
 
 
 # ---- integrals -----------------------------------------------------------------------------------------------------------

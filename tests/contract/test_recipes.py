@@ -7,6 +7,7 @@ from torch import Tensor
 from samplers import RECIPES, NoiseSchedule, SolverSchedule, parse_recipe, recipe, sample
 from samplers.denoisers import GaussianMixture
 from samplers.recipes import ALIASES, GRIDS
+from samplers.testing.orders import STATISTICS
 
 NOISE = {
     "vp_linear": NoiseSchedule.vp_linear(),
@@ -27,6 +28,8 @@ TEXTS = [
     "ddim:afs=zero_x0",
     "dpmpp_2s:afs=average_x0",
     "ipndm:afs=average_x0,final=sigma_min",
+    "dpm_v3:pseudo=true,half=true,final=zero",
+    "dpm_v3:order=2,corrector=taylor,lower_order_final=false",
 ]
 
 
@@ -40,7 +43,7 @@ def test_the_network_is_called_exactly_nfe_times(text: str, noise: NoiseSchedule
             calls.append(t.item())  # noqa: B023
             return LAW.denoiser(noise)(x, t)
 
-        sample(counting, torch.ones(1, 2, dtype=torch.float64), schedule, noise, first_x0=LAW.mean)
+        sample(counting, torch.ones(1, 2, dtype=torch.float64), schedule, noise, first_x0=LAW.mean, statistics=STATISTICS)
         assert len(calls) == nfe == schedule.nfe
         jumps = any(step.eval.source == "none" for step in schedule.steps)
         assert jumps or calls == sorted(calls, reverse=True)
@@ -121,6 +124,8 @@ def test_every_recipe_describes_itself() -> None:
         assert found.summary.endswith((".", ":"))
         assert found.order({**found.defaults}) in (None, 1, 2, 3, 4)
         assert found.order_grid in ("any", "even-sigma")
+        needs = any(step.pred == "v3" for step in recipe(name, NOISE["vp_linear"], 4).steps)
+        assert needs == found.needs_statistics
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ def test_every_recipe_describes_itself() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("unipcc", "unknown recipe 'unipcc'; known: ddim, euler, .*dpmpp, unipc, deis, ipndm"),
+        ("unipcc", "unknown recipe 'unipcc'; known: ddim, euler, .*dpmpp, dpm_v3, unipc, deis, ipndm"),
         ("", "unknown recipe ''; known: ddim"),
         ("schedule.json", "unknown recipe 'schedule.json'; known"),
         ("unipc:oder=3", "recipe 'unipc' has no option 'oder'; known: order, variant, pred, .*grid, rho"),

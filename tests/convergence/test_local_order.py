@@ -39,6 +39,7 @@ TEXTS = [
     "kdpm2",
     "kdpm2:pred=x0",
     *UNIPC,
+    *(f"dpm_v3:order={order},pseudo={pseudo}" for order, pseudo in itertools.product((1, 2, 3), ("true", "false"))),
     *(f"deis:order={order},axis={axis}" for order, axis in itertools.product((1, 2, 3, 4), ("lambda", "t", "sigma"))),
     *(f"lms:order={order}" for order in (1, 2, 3, 4)),
     *(f"sa_solver:order={order},tau=0" for order in (1, 2, 3)),
