@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..discrete import MaskedProcess, Model
 from ..engine import Denoiser
 from ..noise import NoiseSchedule
 from .cloud import Cloud
+from .discrete import run_discrete
 from .native import run
 from .settings import Settings
 
@@ -64,13 +66,7 @@ class FeynmanKac(Settings):
                 noise (alpha = 0) while G is not 1; exponents that vary while ``noise`` is not 1; fewer than one particle.
         """
         branches = self.target.branches
-        missing = [name for name in branches if name not in denoisers]
-        unknown = [name for name in denoisers if name not in self.target.exponents]
-        if missing or unknown:
-            raise ValueError(
-                f"the target's branches are {', '.join(self.target.exponents)}; "
-                f"missing denoisers: {', '.join(missing) or 'none'}; unknown ones: {', '.join(unknown) or 'none'}"
-            )
+        self._check_branches(denoisers, "denoisers")
         for name, value in (("particles", particles), ("groups", groups), ("batch_size", batch_size)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
@@ -86,6 +82,66 @@ class FeynmanKac(Settings):
             groups=groups, generator=generator, dtype=dtype, device=torch.device(device), batch_size=batch_size,
             progress=progress or (lambda done: None),
         )  # fmt: skip
+
+    def sample_discrete(
+        self,
+        models: Mapping[str, Model],
+        process: MaskedProcess,
+        length: int,
+        *,
+        particles: int,
+        nfe: int | None = None,
+        groups: int | None = None,
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int], None] | None = None,
+    ) -> Cloud:
+        """Run the corrector of a masked token model, from all masks to none; see `samplers.particles.discrete`.
+
+        Args:
+            models: one for each branch of the target, ``model(x: (B, L) ids, t) -> (B, L, V)`` posteriors.
+            process: the masked process they share.
+            length: L.
+            particles: K.
+            nfe: evaluations of every branch, 1..L; None is L, one token at a time, where weights are exact.
+            groups: as in `sample`.
+            generator: source of all randomness.
+            device: where the ids live.
+            progress: called with the number of steps done.
+
+        Returns:
+            The weighted sequences, ``x`` (K, L) int64; ``log_z`` is the log of the sum of the unnormalised target. A reward
+            sees the present tokens with the likeliest ones at masked sites.
+
+        Raises:
+            ValueError: another process, models that do not match the branches, varying exponents, numbers out of range.
+        """
+        if not isinstance(process, MaskedProcess):
+            raise ValueError(f"correctors need masked noise, not {type(process).__name__}")
+        self._check_branches(models, "models")
+        if self.target.scheduled:
+            raise ValueError("exponents of a discrete target must be constant")
+        if self.target.reward is not None and self.target.reward.gradient:
+            raise ValueError("tokens have no reward gradient; use gradient=False")
+        nfe = length if nfe is None else nfe
+        for name, value in (("length", length), ("particles", particles), ("groups", groups), ("nfe", nfe)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if nfe > length:
+            raise ValueError(f"{length} tokens take at most {length} evaluations, got nfe={nfe}")
+        return run_discrete(
+            self, models, process, length, particles=particles, nfe=nfe, groups=groups, generator=generator,
+            device=torch.device(device), progress=progress or (lambda done: None),
+        )  # fmt: skip
+
+    def _check_branches(self, given: Mapping[str, Any], what: str) -> None:
+        missing = [name for name in self.target.branches if name not in given]
+        unknown = [name for name in given if name not in self.target.exponents]
+        if missing or unknown:
+            raise ValueError(
+                f"the target's branches are {', '.join(self.target.exponents)}; "
+                f"missing {what}: {', '.join(missing) or 'none'}; unknown ones: {', '.join(unknown) or 'none'}"
+            )
 
     def attach(self, pipe: Any, particles: int, **options: Any) -> AbstractContextManager[Any]:
         """Correct an unmodified diffusers pipeline inside the block; see `samplers.particles.hooks.attach`."""

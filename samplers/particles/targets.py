@@ -21,7 +21,8 @@ class Reward:
         fn: ``fn(x0: (B, *E)) -> (B,)``; sees x0-predictions on the way and the result itself at the end.
         scale: s, a number or a function of the noise schedule's time.
         potential: how the tilt is spread over the steps (Singhal et al. 2025, arXiv:2501.06848): "difference" telescopes to
-            the tilt of the present state, "max" and "add" favour paths whose rewards were high. The end result is the same.
+            the tilt of the present state, "max" and "add" favour paths whose rewards were high. The end result is the same, but
+            what the last two apply adds up over the evaluations on the way: keep these few with ``every``.
         gradient: steer the proposal along the reward's gradient, through the denoisers; weights account for it exactly.
         every: steps from one evaluation on the way to the next; the result is always evaluated.
     """
