@@ -89,6 +89,10 @@ class MaskedProcess(_Process):
         known = (x != self.vocab)[..., None]
         return torch.where(known, one_hot(x, self.vocab, probs), probs)
 
+    def retime(self, probs: Tensor, x: Tensor, t: Time, s: Time) -> Tensor:
+        """The posterior that what is known of the other sites at t would give at s: under masked noise the same."""
+        return probs
+
     def reverse_rates(self, probs: Tensor, x: Tensor, t: Time) -> Tensor:
         """Reverse jump rates (B, L, S) of the posterior ``probs`` (B, L, V); zero at revealed sites."""
         alpha = self.alpha(t)
@@ -172,6 +176,12 @@ class UniformProcess(_Process):
         other = (1.0 - alpha) / self.vocab
         weights = probs * torch.where(one_hot(x, self.vocab, probs) > 0, other / (alpha + other), 1.0)
         return weights / weights.sum(-1, keepdim=True)
+
+    def retime(self, probs: Tensor, x: Tensor, t: Time, s: Time) -> Tensor:
+        """The posterior (B, L, V) that what is known of the other sites at t would give at s."""
+        alpha = _rows(self.alpha(s), probs)
+        joint = self.leave_one_out(probs, x, t) * (alpha * one_hot(x, self.vocab, probs) + (1.0 - alpha) / self.vocab)
+        return joint / joint.sum(-1, keepdim=True)
 
     def score(self, probs: Tensor, x: Tensor, t: Time) -> Tensor:
         """Concrete score (B, L, V) of a posterior; one at x."""
