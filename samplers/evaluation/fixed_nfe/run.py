@@ -79,6 +79,7 @@ class FixedNfeRun:
 
     def __post_init__(self) -> None:
         """Check and plan."""
+        object.__setattr__(self, "out", Path(self.out))
         if self.num < 2 or self.repeats < 1 or self.shard_size < 1 or self.batch_size < 1 or self.seed < 0:
             raise ValueError(
                 f"num {self.num} (at least 2), repeats {self.repeats}, shard size {self.shard_size}, batch size "
