@@ -9,6 +9,7 @@ import typer
 from distill import cli as distill
 from samplers.commands import demo, doctor, fid, minority, sample, schedule
 from samplers.commands.common import INCOMPLETE, MISSING, USAGE, err_console
+from search import cli as search_cli
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
@@ -19,6 +20,7 @@ app.add_typer(schedule.app, name="schedule")
 app.add_typer(fid.app, name="fid")
 app.add_typer(minority.app, name="minority")
 app.add_typer(distill.app, name="distill")
+app.add_typer(search_cli.app, name="search")
 app.command()(doctor.doctor)
 
 

@@ -214,8 +214,8 @@ def shipped_schedules() -> dict[str, Path]:
 
 
 def _as_floats(value: Any) -> Any:  # so that 1 and 1.0 have one digest
-    if isinstance(value, dict):
-        return {key: _as_floats(item) for key, item in value.items()}
+    if isinstance(value, dict):  # an object of defaults may or may not have been left out
+        return {key: _as_floats(item) for key, item in value.items() if item != {}}
     if isinstance(value, list | tuple):
         return [_as_floats(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

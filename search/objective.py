@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from samplers import NoiseSchedule, SolverSchedule, sample
 from samplers.engine import Denoiser
 from samplers.evaluation import FeatureMoments, FrechetReference
 
-from .teacher import Teacher, noise_name, teacher, tensor_bytes
+from .converged import Teacher, noise_name, teacher, tensor_bytes
 
 PENALTY = 1e6  # of candidates whose samples are not finite; large, finite and the same for all
 
@@ -90,11 +90,11 @@ class Objective:
             features: perceptual features (B, *E) -> (B, D); their RMSE is added with ``feature_weight``.
             feature_weight: see above.
             batch_size: samples at once.
-            cache: folder for the converged solution, see `search.teacher.teacher`.
+            cache: folder for the converged solution, see `search.teacher`.
             model: what identifies the denoiser; required with ``cache`` and for evaluations shared between processes.
 
         Raises:
-            ValueError: see `search.teacher.teacher`; also an ``x_T`` that is no batch, and scales for what is no image.
+            ValueError: see `search.teacher`; also an ``x_T`` that is no batch, and scales for what is no image.
         """
         if x_T.ndim < 2 or not x_T.is_floating_point():
             raise ValueError(f"x_T must be floating-point noises (B, *E), got {tuple(x_T.shape)} {x_T.dtype}")
@@ -202,6 +202,19 @@ class Objective:
     def cost(self) -> int:
         """Samples that one evaluation of a schedule draws; times its NFE gives the network's work."""
         return len(self.x_T)
+
+    def head(self, count: int) -> Objective:
+        """The plain endpoint error on the first ``count`` noises.
+
+        Raises:
+            ValueError: an objective without a converged reference.
+        """
+        if self.reference is None:
+            raise ValueError("only endpoint objectives, which have a converged reference, can be cut short")
+        reference = self.reference[:count]
+        terms = (("rmse", 1.0, lambda x: _rmse(x, reference)),)
+        settings = {**self.settings, "noises": len(reference)}
+        return replace(self, x_T=self.x_T[:count], reference=reference, terms=terms, settings=settings)
 
     def samples(self, schedule: SolverSchedule) -> Tensor:
         """(B, *E) what the schedule makes of ``x_T``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random as standard_random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -157,10 +158,10 @@ class SearchSpace:
     def random(self, rng: Rng) -> SolverSchedule:
         """A schedule with every component drawn independently; all ``nfe`` evaluations are used."""
         rng = generator_of(rng)
-        source = rng.choice(["model", *self.sources])
+        source = _choice(rng, ("model", *self.sources))
         n = self.nfe + (source != "model")
         steps = [self._random_step(rng) for _ in range(n)]
-        steps[0] = msgspec.structs.replace(steps[0], eval=Evaluation(source=str(source)))
+        steps[0] = msgspec.structs.replace(steps[0], eval=Evaluation(source=source))
         return self.schedule(np.exp(0.7 * rng.standard_normal(n)), tuple(steps))
 
     def mutate(self, schedule: SolverSchedule, rng: Rng, scale: float = 1.0) -> SolverSchedule:
@@ -213,12 +214,12 @@ class SearchSpace:
         d_nodes = (int(rng.integers(1, 3)),) if order > 2 and rng.random() < 0.3 else ()
         corr = Corrector(order=order + 1) if self.correctors and rng.random() < 0.5 else None
         pred = self._random_prediction(rng)
-        axis = "lambda" if rng.random() < 0.7 or isinstance(pred, tuple) else str(rng.choice(self.axes))
+        axis = "lambda" if rng.random() < 0.7 or isinstance(pred, tuple) else _choice(rng, self.axes)
         step = StepStrategy(order=order, pred=pred, axis=axis, relax=relax, d_nodes=d_nodes, corr=corr)
         return step
 
     def _random_prediction(self, rng: np.random.Generator) -> str | tuple[float, float]:
-        kind = str(rng.choice(self.predictions))
+        kind = _choice(rng, self.predictions)
         if kind != "mixed":
             return kind
         l = float(rng.uniform(0.0, 1.0))
@@ -261,7 +262,7 @@ class SearchSpace:
         if move == "corr" and self.correctors:
             return change(step, corr=None if step.corr else Corrector(order=step.order + 1))
         if move == "axis" and not isinstance(step.pred, tuple):
-            return change(step, axis=str(rng.choice(self.axes)))
+            return change(step, axis=_choice(rng, self.axes))
         if move == "start":
             return change(step, start=-1 if step.start < -1 or rng.random() < 0.5 else -2)
         if move == "shift" and self.evaluation_shifts and step.eval.source == "model":
@@ -283,7 +284,7 @@ class SearchSpace:
         n, source = len(schedule.steps), schedule.steps[0].eval.source
         if rng.random() < 0.5 and self.sources:
             choices = [s for s in ("model", *self.sources) if s != source]
-            chosen = str(rng.choice(choices))
+            chosen = _choice(rng, choices)
             if (chosen == "model") != (source == "model"):
                 schedule = self._with(schedule, rng) if source == "model" else self._without(schedule, int(rng.integers(1, n)))
             first = msgspec.structs.replace(schedule.steps[0], eval=Evaluation(source=chosen))
@@ -319,6 +320,11 @@ class SearchSpace:
 
 
 _MOVES = [0.2, 0.25, 0.2, 0.05, 0.12, 0.08, 0.04, 0.06]
+
+
+def _choice(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """One of the options itself: NumPy would return a copy, which msgspec does not recognise as a field's default."""
+    return options[int(rng.integers(len(options)))]
 
 
 def _logistic(x: float) -> float:

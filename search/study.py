@@ -20,8 +20,8 @@ from samplers import NoiseSchedule, SolverSchedule
 
 from .ledger import Ledger, engine_options, patiently, storage_url
 from .objective import PENALTY
-from .seeds import seeds as baseline_seeds
 from .space import SearchSpace
+from .starts import seeds as baseline_seeds
 from .strategies import (
     SCHEDULE,
     STRATEGIES,

@@ -25,7 +25,8 @@ class Teacher:
 
     Attributes:
         solution: (B, *E) at the final time, in x_T's dtype.
-        error: RMSE between this solution and the one with half the evaluations: how far from converged it can be.
+        error: RMSE between this solution and the one with half the evaluations: how far from converged it can be, but for
+            the first-order step from t_min to 0, which every solution shares.
         nfe: network evaluations per sample that were spent, both solutions together.
     """
 

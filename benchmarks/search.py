@@ -1,0 +1,158 @@
+"""Searched schedules against the best classic ones, and S3 against other strategies, on held-out noises.
+
+    python benchmarks/search.py mixture      found schedules against every diffusers solver x grid, exact 64-d mixture
+    python benchmarks/search.py digits       the same on the reference pipeline "digits"
+    python benchmarks/search.py cifar        the same on benchmarks/models/cifar16
+    python benchmarks/search.py strategies   S3, evolution, TPE, CMA-ES and random at equal budgets, mixture
+    python benchmarks/search.py page         rebuild docs/search.md from benchmarks/results/search.json
+
+Results are kept cell by cell: an interrupted run goes on where it stopped. One thread.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(sys.path.pop(0))  # this file has the name of the package that it measures
+
+import numpy as np
+import torch
+from sklearn.mixture import GaussianMixture as Fit
+
+from samplers import NoiseSchedule
+from samplers.denoisers import GaussianMixture
+from samplers.evaluation import FrechetReference, sliced_wasserstein
+from samplers.reference import digit_images, load, load_folder
+from search import Objective, SearchSpace, run_search
+from search.find import find_schedule
+from search.pipeline_problem import pipeline_problem
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "search.json"
+SEEDS = (0, 1, 2)
+BUDGETS = (50, 100, 200)
+
+
+def results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def keep(part: str, cell: str, record: dict) -> None:
+    all_results = results()
+    all_results.setdefault(part, {})[cell] = record
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    partial = RESULTS.with_suffix(".part")
+    partial.write_text(json.dumps(all_results, indent=1, sort_keys=True) + "\n")
+    partial.replace(RESULTS)
+
+
+def mixture() -> tuple[GaussianMixture, NoiseSchedule]:
+    """Twenty full-covariance components fitted to scikit-learn's digits: a 64-d law with an exact denoiser."""
+    data = digit_images("train")[0].flatten(1).double().numpy()
+    fit = Fit(20, covariance_type="full", reg_covar=1e-2, random_state=0).fit(data)
+    weights, means, covariances = (torch.from_numpy(v) for v in (fit.weights_, fit.means_, fit.covariances_))
+    return GaussianMixture(means, weights=weights, covariances=covariances), NoiseSchedule.vp_linear()
+
+
+def noises(count: int, seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
+    """One model, NFE and seed: search, refine, and compare on held-out noises."""
+    sets = {"train": (options.noises, 10 * seed + 1), "validation": (options.noises, 10 * seed + 2), "test": (options.test, 9)}
+    if name == "mixture":
+        law, noise = mixture()
+        data = law.sample(20_000, torch.Generator().manual_seed(77))
+        made = {
+            split: Objective.endpoint(law.denoiser(noise), noise, noises(count, 1000 * count + s, 64), 100)
+            for split, (count, s) in sets.items()
+        }
+        reference = FrechetReference(law.mean, law.covariance)
+    else:
+        pipe, call = (load("digits"), {}) if name == "digits" else (load_folder(ROOT / "benchmarks/models/cifar16"), {})
+        if name == "cifar":
+            call = {"class_labels": list(range(10)), "guidance_scale": 1.0}
+        problem = pipeline_problem(pipe, call)
+        noise, data = problem.noise_schedule, digit_images("train")[0].flatten(1).double()
+        made = {s: problem.endpoint(s, count, 100 * k, 60) for s, (count, k) in sets.items()}
+        reference = FrechetReference.from_features(data) if name == "digits" else None
+    start = time.process_time()
+    found = find_schedule(
+        SearchSpace(noise, nfe), *(made[split] for split in sets), name=f"{name}-nfe{nfe}", trials=options.trials, seed=seed,
+        refine_steps=options.refine, baseline_limit=options.baselines,
+    )  # fmt: skip
+    record = {
+        "found": found.test.value,
+        "search_alone": found.searched.value,
+        "gap": found.gap,
+        "baselines": {kind: {"name": score.name, "value": score.value} for kind, score in found.baselines.items()},
+        "reference_error": made["test"].reference_error,
+        "cpu_seconds": time.process_time() - start,
+    }
+    if reference is not None:
+        rows = {"found": found.schedule, **{k: s.schedule for k, s in found.baselines.items()}}
+        samples = {k: made["test"].samples(s).flatten(1).double() for k, s in rows.items()}
+        samples["converged"] = made["test"].reference.flatten(1).double()
+        record["frechet"] = {k: reference.distance_to_features(x) for k, x in samples.items()}
+        fresh = data[: len(samples["found"])]
+        record["sliced_w2"] = {
+            k: sliced_wasserstein(x, fresh, generator=torch.Generator().manual_seed(0)) for k, x in samples.items()
+        }
+    keep(name, f"nfe{nfe}-seed{seed}", record)
+    best = min(score.value for score in found.baselines.values())
+    print(f"{name} nfe {nfe} seed {seed}: {found.test.value:.4f} / {best:.4f} = {found.test.value / best:.2f}", flush=True)
+
+
+def strategies(options: argparse.Namespace) -> None:
+    law, noise = mixture()
+    for seed in SEEDS:
+        train = Objective.endpoint(law.denoiser(noise), noise, noises(64, 500 + seed, 64), 100)
+        test = Objective.endpoint(law.denoiser(noise), noise, noises(512, 900, 64), 100)
+        for strategy in ("s3", "evolution", "tpe", "cmaes", "random"):
+            name = f"{strategy}-seed{seed}"
+            if name in results().get("strategies", {}):
+                continue
+            start = time.process_time()
+            found = run_search(SearchSpace(noise, 5), train, strategy, max(BUDGETS), seed=seed)
+            best = np.minimum.accumulate([record.value for record in found.trials])
+            record = {
+                "best": {str(k): float(best[k - 1]) for k in BUDGETS},
+                "curve": [float(v) for v in best],
+                "test": test(found.best),
+                "tau": [stage["tau"] for stage in found.stages],
+                "cpu_seconds": time.process_time() - start,
+            }
+            keep("strategies", name, record)
+            print(name, record["best"], f"test {record['test']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("mixture", "digits", "cifar", "strategies", "page"))
+    parser.add_argument("--nfe", default="5,10,8,4,6")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--noises", type=int, default=128)
+    parser.add_argument("--test", type=int, default=512)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--refine", type=int, default=60)
+    parser.add_argument("--baselines", type=int, default=240, help="the first of the list")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.part == "page":
+        from search_page import write
+
+        write(results(), ROOT / "docs" / "search.md")
+    elif options.part == "strategies":
+        strategies(options)
+    else:
+        for nfe in map(int, options.nfe.split(",")):
+            for seed in map(int, options.seeds.split(",")):
+                if f"nfe{nfe}-seed{seed}" not in results().get(options.part, {}):
+                    cell(options.part, nfe, seed, options)
+
+
+if __name__ == "__main__":
+    main()

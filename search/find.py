@@ -1,0 +1,127 @@
+"""The whole way from a model to a schedule file: search, re-rank, refine, score on held-out noises, name the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samplers import SolverSchedule
+
+from .objective import Objective
+from .refine import Refined, refine
+from .selection import Score, best_baselines, score, select, with_provenance
+from .space import SearchSpace
+from .study import SearchResult, run_search
+
+FINALISTS = 10
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule with what is known about it.
+
+    Attributes:
+        schedule: with provenance, ready to be saved.
+        test: its score on the third set of noises.
+        searched: score there of the search's own best, before refinement.
+        baselines: scores there of the best classic solvers, by "plain" and "analytic" (first step).
+        gap: RMSE of the found schedule on the noises it was searched on, on those that selected it, and on the test's.
+        result: of the search.
+        refined: of the refinement, or None.
+    """
+
+    schedule: SolverSchedule
+    test: Score
+    searched: Score
+    baselines: dict[str, Score]
+    gap: dict[str, float]
+    result: SearchResult
+    refined: Refined | None
+
+    @property
+    def ratio(self) -> float:
+        """Test error over the best baseline's."""
+        return self.test.value / min(score.value for score in self.baselines.values())
+
+
+def find_schedule(
+    space: SearchSpace,
+    train: Objective,
+    validation: Objective,
+    test: Objective,
+    *,
+    name: str,
+    trials: int = 200,
+    strategy: str = "s3",
+    storage: str | None = None,
+    seed: int = 0,
+    refine_steps: int = 100,
+    rankers: Sequence[Callable[[SolverSchedule], float]] = (),
+    warm_start: Sequence[SolverSchedule] = (),
+    baseline_limit: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[..., None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    study_name: str | None = None,
+) -> Found:
+    """Search on one set of noises, select on a second, report on a third.
+
+    Args:
+        space: the schedules.
+        train: endpoint objective that is searched and descended on.
+        validation: on fresh noises; re-ranks the best `FINALISTS` and stops the refinement.
+        test: on noises that no choice depends on.
+        name: of the schedule.
+        trials: COMPLETE trials.
+        strategy: see `run_search`.
+        storage: likewise.
+        seed: likewise.
+        refine_steps: gradient steps after the search; 0 for none.
+        rankers: further objectives on the validation's side, as a distribution distance.
+        warm_start: see `run_search`.
+        baseline_limit: compare with the first baselines of the list only.
+        facts: about the model, for the provenance.
+        progress: see `run_search`.
+        say: called with what begins.
+        study_name: see `run_search`.
+    """
+    say("search")
+    options = {"study_name": study_name, "warm_start": warm_start, "progress": progress}
+    result = run_search(space, train, strategy, trials, storage, seed, **options)
+    say("re-rank")
+    judges = [validation, *rankers]
+    finalists = [record.schedule for record in result.top(FINALISTS)]
+    chosen = searched = select(finalists, judges)
+    refined = None
+    if refine_steps:
+        say("refine")
+        # Times first, which generalise from few noises, then every coefficient.
+        times = refine(chosen, space, train, validation, steps=refine_steps // 2, coefficients=False, rate=0.04, seed=seed)
+        refined = refine(times.schedule, space, train, validation, steps=refine_steps, rate=0.02, seed=seed + 1)
+        chosen = select([refined.schedule, times.schedule, searched], judges)
+    say("baselines")
+    classics = best_baselines(space, train, test, limit=baseline_limit)
+    held_out = score(chosen, test, name)
+    gap = {"train": train(chosen), "validation": validation(chosen), "test": held_out.value}
+    provenance = {
+        **(facts or {}),
+        "found_by": {
+            "strategy": strategy,
+            "trials": len(result.trials),
+            "seed": seed,
+            "objective": train.settings,
+            "refine_steps": refine_steps,
+            "selected_on": {"noises": len(validation.x_T), "finalists": len(finalists)},
+        },
+        "scores": {
+            "metric": "RMSE to the converged solution, held-out noises",
+            "noises": len(test.x_T),
+            "found": held_out.to_dict(),
+            "baselines": {kind: value.to_dict() for kind, value in classics.items()},
+            "train_validation_test": gap,
+            "reference_error": test.reference_error,
+        },
+    }
+    shipped = with_provenance(chosen, name, provenance)
+    return Found(shipped, held_out, score(searched, test, "searched"), classics, gap, result, refined)

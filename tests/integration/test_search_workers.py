@@ -1,0 +1,109 @@
+"""Workers on one PostgreSQL server, killed with -9 in the middle of a trial: nothing is lost, nothing is done twice."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BUDGET, HEARTBEAT, GRACE = 24, 1, 4
+WORKER = """
+import sys, time, torch
+from samplers import NoiseSchedule
+from search import SearchSpace, run_search
+
+torch.set_num_threads(1)
+
+def objective(schedule):
+    print("evaluating", schedule.digest, flush=True)
+    time.sleep(0.25)
+    return sum((a - b) ** 2 for a, b in zip(schedule.times, schedule.times[1:])) + len(schedule.steps)
+
+noise = NoiseSchedule.vp_linear()
+run_search(SearchSpace(noise, 4), objective, "s3", {budget}, {url!r}, 0, study_name="shared", heartbeat={beat}, grace={grace})
+"""
+
+
+def _binaries() -> Path:
+    found = shutil.which("postgres")
+    folders = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    for folder in folders:
+        if (folder / "initdb").is_file():
+            return folder
+    pytest.fail("no PostgreSQL server here; install the package `postgresql` (Debian)")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server of our own on a free port; as root it runs as the user `postgres`, which the package makes."""
+    binaries, folder = _binaries(), Path(tempfile.mkdtemp(prefix="pg-"))
+    user = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
+    if user:
+        shutil.chown(folder, **user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": folder, **user}
+    data = folder / "data"
+    subprocess.run([binaries / "initdb", "-D", data, "-U", "fewstep", "-A", "trust", "--no-sync"], check=True, **quiet)
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    start = [binaries / "pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", options, "start"]
+    subprocess.run(start, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, **user)
+    try:
+        subprocess.run(
+            [binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "fewstep", "search"], check=True, **quiet
+        )
+        yield f"postgresql://fewstep@127.0.0.1:{port}/search"
+    finally:
+        subprocess.run([binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop"], check=False, **quiet)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _worker(url: str, log: Path) -> subprocess.Popen:
+    code = textwrap.dedent(WORKER).format(budget=BUDGET, url=url, beat=HEARTBEAT, grace=GRACE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=log.open("w"), env=environment)
+
+
+def test_killed_workers_lose_nothing(server: str, tmp_path: Path) -> None:
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+    victim, survivor = _worker(server, logs[0]), _worker(server, logs[1])
+    _wait(lambda: logs[0].read_text().count("evaluating") >= 3, victim, 120)
+    victim.send_signal(signal.SIGKILL)  # in the quarter of a second that an evaluation takes
+    victim.wait()
+    late = _worker(server, logs[2])
+    assert survivor.wait(240) == 0
+    assert late.wait(240) == 0
+    from search.ledger import storage_url
+
+    study = optuna.load_study(study_name="shared", storage=storage_url(server))
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert BUDGET <= len(complete) < BUDGET + 2  # two workers were alive at the end
+    digests = Counter(trial.user_attrs["schedule"] for trial in complete)
+    assert max(digests.values()) == 1
+    failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
+    assert len(failed) == 1
+    retried = [trial for trial in trials if trial.system_attrs.get("failed_trial") == failed[0].number]
+    assert len(retried) == 1
+    assert retried[0].user_attrs["schedule"] == failed[0].user_attrs["schedule"]
+
+
+def _wait(condition, process: subprocess.Popen, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the worker ended before it was killed"
+        assert time.monotonic() < end, "the worker never got going"
+        time.sleep(0.02)
