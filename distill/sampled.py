@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .knobs import KnobSpace
 from .statistics import HammingMMD, Statistic, support_law, total_variation, window_kl, window_law
+from .target import launched
 
 CELLS = 8000  # n-gram tables of the objective stay below this
 SAMPLED = ("ngram_kl", "mmd", "tv_support")
@@ -86,10 +87,9 @@ def fit_sampled(
     Raises:
         ValueError: the journal belongs to another search.
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state, generations = PartialState(), max(1, -(-evaluations // population))
+    state, generations = launched(), max(1, -(-evaluations // population))
     head = {
         "space": [space.process, space.plain.transition, space.nfe, space.seq_len, list(space.knobs)],
         "population": population,

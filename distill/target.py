@@ -7,12 +7,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from samplers.discrete import DiscreteTable, Model, Process, push_table, sample_discrete
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 ENUMERABLE = 4096  # states S^L up to which laws are pushed exactly
 CHUNK = 500  # teacher samples per file
@@ -169,9 +173,7 @@ def teacher_samples(
     Raises:
         ValueError: several processes and no folder.
     """
-    from accelerate import PartialState
-
-    table, state = teacher.table(process.name, seq_len), PartialState()
+    table, state = teacher.table(process.name, seq_len), launched()
     if state.num_processes > 1 and folder is None:
         raise ValueError("several processes share teacher samples through a folder: name one")
     key = [table.to_dict(), process.to_dict(), teacher.seed, model_digest(model, process, seq_len)]
@@ -197,6 +199,16 @@ def teacher_samples(
     if state.num_processes > 1:
         chunks = [load_file(folder / f"teacher-{digest}-{index:04d}.safetensors")["ids"] for index in range(count)]
     return torch.cat(chunks)[: teacher.samples]
+
+
+def launched() -> PartialState:
+    """The processes of an ``accelerate launch`` or ``torchrun``: this one alone if there was none.
+
+    Without an accelerator they must be told to talk through the CPU, or each believes it is alone.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def draw_many(

@@ -138,6 +138,7 @@ class DiscreteRun:
             wanted = (*x.shape, self.process.vocab)
             raise ValueError(f"the model returned shape {tuple(probs.shape)}, expected probabilities of shape {wanted}")
         step, stage = self._stages[self.position]
+        probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
         probs = self.process.settle(shaped(probs, step.temp, self.base.parameters["top_p"]), x)
         self.x = torch.where(self.frozen, x, self._next(probs, x, step, stage))
         if stage != "trial" and not neutral(step.remask, 0.0) and not step.last:
