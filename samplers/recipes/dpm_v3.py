@@ -21,7 +21,8 @@ def dpm_v3(
     therefore ends at sigma_min, and a step from alpha = 0 or to sigma = 0 is a first-order data step instead.
 
     The published settings are ``pseudo=true,lower_order_final=false`` at 5 NFE and the defaults above; without corrector
-    from about 10 NFE on; ``order=2,half=true`` under strong guidance.
+    from about 10 NFE on; ``order=2,half=true`` under strong guidance. The pseudo corrector is second order whatever the
+    predictor is.
 
     Args:
         grid: the times.

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 from torch.autograd import forward_ad as fw
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..noise import NoiseSchedule
 from .empirical import EmpiricalStatistics, node_grid
@@ -188,14 +189,16 @@ def _forward(function: Callable[[Tensor], Tensor], y: Tensor, direction: Tensor)
         # torch loads its forward-mode rules at first use and warns about how it does that.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
-        with fw.dual_level():
+        # Fused attention has no forward mode; the plain one does.
+        with fw.dual_level(), sdpa_kernel(SDPBackend.MATH):
             try:
                 value, derivative = fw.unpack_dual(function(fw.make_dual(y, direction)))  # type: ignore[no-untyped-call]
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error):
                     raise
+                reason = str(error).splitlines()[0]
                 raise RuntimeError(
-                    f"the denoiser has an operator without forward-mode derivatives ({error}); use derivatives='difference'"
+                    f"the denoiser has an operator without forward-mode derivatives ({reason}); use derivatives='difference'"
                 ) from error
     return value, torch.zeros_like(value) if derivative is None else derivative
 

@@ -23,7 +23,8 @@ from ..phi import gauss_legendre
 from ..step import MAX_ORDER, STATISTICAL
 from .empirical import EmpiricalStatistics
 
-POINTS = 6  # of Gauss-Legendre per cell: exact to rounding for cells up to about 1 in lambda
+POINTS = 6  # of Gauss-Legendre per cell
+WIDEST = 0.5  # cell in lambda: the integrals are then exact to rounding
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class LinearReading:
         return l, s, beta, moments, constant
 
     def _cells(self, start: Tensor, end: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The step cut at the nodes between its ends."""
+        """The step cut at the nodes between its ends, and further where those are far apart."""
         a, b = float(start.detach()), float(end.detach())
         if not self.statistics.constant:
             check_range(self.statistics, a)
@@ -152,7 +153,12 @@ class LinearReading:
         if a > b:
             inner.reverse()
         ends = [start, *(torch.tensor(node, dtype=torch.float64, device=start.device) for node in inner), end]
-        return list(pairwise(ends))
+        cells = []
+        for left, right in pairwise(ends):
+            width = right - left
+            parts = max(1, math.ceil(abs(width.item()) / WIDEST))
+            cells += list(pairwise([left + width * (k / parts) for k in range(parts)] + [right]))
+        return cells
 
     def _at(self, values: Tensor, lam: Tensor) -> Tensor:
         """``values`` at ``lam`` (0-d or (m,)), linear between nodes, the last value beyond the ends."""
