@@ -150,8 +150,8 @@ def _pictures(found: Found, test: Objective, decode: Callable[[Tensor], Tensor],
     rows = {"converged": few.reference, "found": few.samples(found.schedule), best.name: few.samples(best.schedule)}
     figure = Figure(figsize=(images, 1.2 * len(rows)))
     for axes, (label, states) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-        picture = torch.cat(list(decode(states).cpu()), dim=-1).permute(1, 2, 0)
-        axes.imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        picture = torch.cat(list(decode(states).detach().cpu()), dim=-1).permute(1, 2, 0)
+        axes.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(label, fontsize=8, loc="left")
         axes.axis("off")
     return figure

@@ -49,7 +49,7 @@ def demo(
     table = Table("sampler", *(f"{n} NFE" for n in config["nfe"]), title=title)
     best = {n: min(r["rmse"] for r in rows if r["nfe"] == n) for n in config["nfe"]}
     for name, values in _by_sampler(rows).items():
-        cells = (f"[bold]{values[n]:.4f}[/]" if values[n] == best[n] else f"{values[n]:.4f}" for n in config["nfe"])
+        cells = (f"[bold]{_cell(values, n)}[/]" if values.get(n) == best[n] else _cell(values, n) for n in config["nfe"])
         table.add_row(name, *cells)
     out_console.print(table)
     out_console.print(f"picture: {out / 'demo.png'}   numbers: {out / 'demo.json'}, {out / 'demo.md'}")
@@ -65,5 +65,9 @@ def _by_sampler(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
 def _markdown(rows: list[dict[str, Any]], nfes: list[int]) -> str:
     lines = ["| sampler | " + " | ".join(f"{n} NFE" for n in nfes) + " |", "|---|" + "---|" * len(nfes)]
     for name, values in _by_sampler(rows).items():
-        lines.append(f"| {name} | " + " | ".join(f"{values[n]:.4f}" for n in nfes) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(values, n) for n in nfes) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: dict[int, float], nfe: int) -> str:
+    return f"{values[nfe]:.4f}" if nfe in values else "-"

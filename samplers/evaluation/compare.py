@@ -60,7 +60,8 @@ def compare(
     Args:
         pipe: the pipeline.
         conditioning: what to generate.
-        samplers: recipe text or schedule names; or ``{"class": ..., "name": ..., "options": {...}}`` for diffusers' own.
+        samplers: recipe text or schedule names; ``{"class": ..., "name": ..., "options": {...}}`` for diffusers' own; or
+            ``{"name": ..., "schedules": {"5": schedule, ...}}`` for fixed schedules by their NFE, which sit out the others.
         nfes: numbers of network evaluations.
         images: image numbers, as in `generate`.
         reference: the converged images.
@@ -70,10 +71,14 @@ def compare(
     results = []
     for sampler in samplers:
         for nfe in nfes:
-            name = sampler if isinstance(sampler, str) else f"diffusers {sampler.get('name', sampler['class'])}"
+            name = _name(sampler)
             progress(f"{name}, {nfe} evaluations")
             if isinstance(sampler, str):
                 scheduler = swap(pipe, sampler)
+            elif "schedules" in sampler:
+                if str(nfe) not in sampler["schedules"]:
+                    continue
+                scheduler = swap(pipe, sampler["schedules"][str(nfe)])
             else:
                 scheduler = in_tree(pipe, sampler["class"], sampler.get("options", {}))
             with scheduler, count_calls(pipe) as count:
@@ -83,3 +88,9 @@ def compare(
             rmse = 2 * (out - reference).square().mean().sqrt().item()
             results.append(Comparison(name, count.calls, rmse, seconds, out))
     return results
+
+
+def _name(sampler: str | Mapping[str, Any]) -> str:
+    if isinstance(sampler, str):
+        return sampler
+    return str(sampler["name"]) if "schedules" in sampler else f"diffusers {sampler.get('name', sampler['class'])}"

@@ -152,7 +152,10 @@ def test_predictor_learns_an_order() -> None:
 # ---- searches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+QUICK = ("evolution", "random", "cmaes")
+
+
+@pytest.mark.parametrize("strategy", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES])
 def test_every_strategy(objective: Objective, strategy: str) -> None:
     space = SearchSpace(NOISE, 4)
     trials = 12 if strategy == "gp" else 20
@@ -225,8 +228,8 @@ def test_interrupted_trials_are_not_lost(objective: Objective, tmp_path: Path) -
         return objective(schedule)
 
     with pytest.raises(KeyboardInterrupt):
-        run_search(space, interrupted, "s3", 10, storage)
-    result = run_search(space, interrupted, "s3", 10, storage)
+        run_search(space, interrupted, "evolution", 10, storage)
+    result = run_search(space, interrupted, "evolution", 10, storage)
     assert len(result.trials) == 10
     wanted = [schedule.digest for schedule in seeds(space, 4)]
     assert set(wanted) <= {record.schedule.digest for record in result.trials}
@@ -249,6 +252,7 @@ def test_search_refusals(objective: Objective) -> None:
 # ---- afterwards --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_refinement_lowers_held_out_error(objective: Objective) -> None:
     space, start = SearchSpace(NOISE, 4), recipe("deis:order=2,grid=lambda,clip=none", NOISE, 4)
     validation, test = _objective(seed=1), _objective(n=128, seed=2)

@@ -10,11 +10,13 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import pytest
+
+from search.ledger import storage_url
 
 pytestmark = pytest.mark.slow
 
@@ -71,34 +73,45 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _worker(url: str, log: Path) -> subprocess.Popen:
-    code = textwrap.dedent(WORKER).format(budget=BUDGET, url=url, beat=HEARTBEAT, grace=GRACE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=log.open("w"), env=environment)
+@pytest.fixture
+def worker(server: str, tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen, Path]]]:
+    """Start a worker that logs to a file; whatever still runs at the end is killed."""
+    started = []
+
+    def start(name: str) -> tuple[subprocess.Popen, Path]:
+        code = textwrap.dedent(WORKER).format(budget=BUDGET, url=server, beat=HEARTBEAT, grace=GRACE)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        with (tmp_path / name).open("w") as log:
+            started.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=log, env=environment))
+        return started[-1], tmp_path / name
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
-def test_killed_workers_lose_nothing(server: str, tmp_path: Path) -> None:
-    logs = [tmp_path / f"{i}.log" for i in range(3)]
-    victim, survivor = _worker(server, logs[0]), _worker(server, logs[1])
-    _wait(lambda: logs[0].read_text().count("evaluating") >= 3, victim, 120)
+def test_killed_workers_lose_nothing(server: str, worker: Callable[[str], tuple[subprocess.Popen, Path]]) -> None:
+    victim, log = worker("victim")
+    survivor, _ = worker("survivor")
+    _wait(lambda: log.read_text().count("evaluating") >= 3, victim, 400)
     victim.send_signal(signal.SIGKILL)  # in the quarter of a second that an evaluation takes
     victim.wait()
-    late = _worker(server, logs[2])
-    assert survivor.wait(240) == 0
-    assert late.wait(240) == 0
-    from search.ledger import storage_url
-
-    study = optuna.load_study(study_name="shared", storage=storage_url(server))
-    trials = study.get_trials(deepcopy=False)
+    late, _ = worker("late")
+    assert survivor.wait(400) == 0
+    assert late.wait(400) == 0
+    storage = optuna.storages.RDBStorage(storage_url(server))
+    trials = optuna.load_study(study_name="shared", storage=storage).get_trials(deepcopy=False)
+    storage.engine.dispose()
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     assert BUDGET <= len(complete) < BUDGET + 2  # two workers were alive at the end
-    digests = Counter(trial.user_attrs["schedule"] for trial in complete)
-    assert max(digests.values()) == 1
+    assert max(Counter(trial.user_attrs["schedule"] for trial in complete).values()) == 1
+    # The victim's trial was failed, and its schedule evaluated by another worker.
     failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
     assert len(failed) == 1
-    retried = [trial for trial in trials if trial.system_attrs.get("failed_trial") == failed[0].number]
-    assert len(retried) == 1
-    assert retried[0].user_attrs["schedule"] == failed[0].user_attrs["schedule"]
+    (retried,) = (trial for trial in trials if trial.system_attrs.get("failed_trial") == failed[0].number)
+    assert retried.user_attrs["schedule"] == failed[0].user_attrs["schedule"]
+    assert retried in complete
 
 
 def _wait(condition, process: subprocess.Popen, seconds: float) -> None:
