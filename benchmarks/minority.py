@@ -22,6 +22,16 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ["ddpm", "dpmpp:order=2"]
 
 
+def fill_page(page: Path, records: dict[str, Record]) -> None:
+    """Put the tables between their marks in the documentation."""
+    text = page.read_text()
+    for part, record in records.items():
+        before, mark, rest = text.partition(f"<!-- benchmarks/minority.py {part} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{mark}\n{record.table()}\n{end}{after}"
+    page.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, default=None)
@@ -29,6 +39,7 @@ def main() -> None:
     parser.add_argument("--sampler", action="append", default=None)
     parser.add_argument("--work", type=Path, default=Path("minority-work"), help="folder for scores and classifiers")
     parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--page", type=Path, help="also write the tables into this page")
     args = parser.parse_args()
     parts, samplers = args.part or PARTS, args.sampler or SAMPLERS
     records = {part: Record(RESULTS / f"minority-{part}.json") for part in parts}
@@ -42,6 +53,8 @@ def main() -> None:
                 records[part].run(seed, rows(seed, samplers, args.work))
     for part, record in records.items():
         print(f"\n## {part}\n\n{record.table()}")
+    if args.page:
+        fill_page(args.page, records)
 
 
 if __name__ == "__main__":

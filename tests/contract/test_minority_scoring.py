@@ -307,7 +307,7 @@ class TestFit:
         classes = torch.arange(400) // 200
         turned = torch.where(classes == 1, 1 - labels, labels)
         classifier = self.small(classes=2)
-        settings = FitSettings(steps=300, batch_size=64, check_every=300, lr=5e-3)
+        settings = FitSettings(steps=200, batch_size=64, check_every=200, lr=5e-3)
         fit(classifier, x, turned, NOISE, settings, class_labels=classes)
         right = classifier.log_prob(x, 0.999, 0.045, classes).argmax(1) == turned
         assert right.double().mean() > 0.95
