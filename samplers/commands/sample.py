@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from .common import (
     out_console,
     progress_bar,
 )
+from .particles import Correction, ParticlesOption, PickOption, TargetOption, check
 
 
 def sample(
@@ -45,12 +46,16 @@ def sample(
     batch_size: BatchSizeOption = 64,
     seed: SeedOption = 0,
     offline: OfflineOption = False,
+    target: TargetOption = None,
+    particles: ParticlesOption = 1,
+    pick: PickOption = "sample",
     as_json: JsonOption = False,
 ) -> None:
     """Sample images with any solver schedule into a folder of PNGs."""
     from .. import evaluation
     from ..evaluation.folders import sample_folder
 
+    fk = check(target, particles, pick, guidance)
     what = conditioning(prompt, prompts, class_labels, guidance, height, width)
     pipe = evaluation.load_pipeline(model, device=device, dtype=dtype, offline=offline)
     what.check(pipe)
@@ -58,11 +63,16 @@ def sample(
         "model": model, "sampler": sampler, "nfe": nfe, "num": num, "seed": seed, "dtype": dtype, "prompts": list(what.prompts),
         "class_labels": list(what.class_labels), "guidance": guidance, "height": height, "width": width,
     }  # fmt: skip
+    extra: dict[str, Any] = {}
+    if fk is not None:
+        settings |= {"target": target, "particles": particles, "pick": pick}
+        correction = Correction(fk, particles, pick, out)
+        extra, batch_size = {"inside": correction.inside, "after": correction.after}, max(1, batch_size // particles)
     with progress_bar() as bar:
         task = bar.add_task("images", total=num)
         record = sample_folder(
             pipe, what, sampler, out, nfe=nfe, num=num, batch_size=batch_size, seed=seed, settings=settings,
-            progress=lambda done: bar.update(task, completed=done),
+            progress=lambda done: bar.update(task, completed=done), **extra,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({**record, "out": str(out)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def sample_folder(
     seed: int,
     settings: Mapping[str, Any],
     progress: Callable[[int], None] = lambda done: None,
+    inside: Callable[[DiffusionPipeline], AbstractContextManager[Any]] = lambda pipe: nullcontext(),
+    after: Callable[[range], None] = lambda batch: None,
 ) -> dict[str, Any]:
     """Write ``num`` images, a grid of the first hundred and ``samples.json`` into ``out``.
 
@@ -47,6 +50,8 @@ def sample_folder(
         seed: of image 0.
         settings: what identifies the run; kept in the record and compared on resume.
         progress: called with the number of images that are done.
+        inside: a context to run the pipeline in, such as a corrector's.
+        after: called with the image numbers of each finished batch.
 
     Returns:
         The record.
@@ -63,7 +68,7 @@ def sample_folder(
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no {RECORD}; choose another --out")
     record: dict[str, Any] = {"settings": dict(settings), "complete": False}
-    with swap(pipe, sampler) as scheduler:
+    with swap(pipe, sampler) as scheduler, inside(pipe):
         # Once before anything is written, so that a schedule that does not fit leaves no trace.
         scheduler.set_timesteps(nfe, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
         assert scheduler.solver_schedule is not None
@@ -79,6 +84,7 @@ def sample_folder(
                 images = generate(pipe, conditioning, batch, steps=nfe, seed=seed)
             for i, image in zip(batch, images, strict=True):
                 save_image(image, out / f"{i:05d}.png")
+            after(batch)
             calls, batches, todo = calls + count.calls, batches + 1, todo[len(batch) :]
             progress(num - len(todo))
     shown = [_read(out / f"{i:05d}.png") for i in range(min(num, 100))]

@@ -2,7 +2,8 @@
 
 from .cloud import Cloud, Trace
 from .feynman_kac import FeynmanKac
+from .report import trace_figure, trace_page
 from .resampling import SCHEMES, resample
 from .targets import Reward, Target
 
-__all__ = ["SCHEMES", "Cloud", "FeynmanKac", "Reward", "Target", "Trace", "resample"]
+__all__ = ["SCHEMES", "Cloud", "FeynmanKac", "Reward", "Target", "Trace", "resample", "trace_figure", "trace_page"]

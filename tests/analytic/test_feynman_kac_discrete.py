@@ -18,7 +18,7 @@ Gen = Callable[..., torch.Generator]
 
 def law(seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    weights = torch.rand((VOCAB,) * LENGTH, generator=g, dtype=torch.float64) ** 4
+    weights = torch.rand((VOCAB,) * LENGTH, generator=g, dtype=torch.float64) ** 3
     return weights / weights.sum()
 
 
@@ -68,7 +68,7 @@ def test_laws_and_normalisers(name: str) -> None:
     assert float(z.mean()) == pytest.approx(1.0, abs=4 * float(z.std()) / 20**0.5 + 1e-9)
     right = distance(cloud, truth)
     assert right < 0.045
-    assert distance(sample(target, weight_window=(0, 0)), truth) > 2 * right
+    assert distance(sample(target, weight_window=(0, 0)), truth) > 1.6 * right
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -31,6 +31,7 @@ def attach(
     decode: str | Decode | None = None,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
+    expand: bool = False,
 ) -> Iterator[Run]:
     """Correct the pipeline's calls inside the block; afterwards it is exactly what it was.
 
@@ -49,6 +50,7 @@ def attach(
             [0, 1], or a function of the latents.
         batch_size: most rows of one network call.
         generator: of resampling; None derives one from the call's generator, without drawing from that.
+        expand: repeat every class label K times, also where labels come in runs of K equal ones.
 
     Yields:
         The `Run`, which holds weights, log Z and the trace after each call.
@@ -59,7 +61,7 @@ def attach(
     _check(settings, pipe, particles, pick, batch_size)
     if decode is not None and decode != "image" and not callable(decode):
         raise ValueError(f"decode is None, 'image' or a function of the latents, got {decode!r}")
-    attachment = _Attachment(settings, pipe, Run(particles), pick, decode, generator)
+    attachment = _Attachment(settings, pipe, Run(particles), pick, decode, generator, expand)
     with ExitStack() as stack:
         attachment.install(stack)
         if batch_size is not None:
@@ -79,7 +81,9 @@ class _Attachment:
         pick: str,
         decode: str | Decode | None,
         generator: torch.Generator | None,
+        expand: bool,
     ) -> None:
+        self.expand = expand
         self.settings, self.pipe, self.run, self.pick, self.decode = settings, pipe, run, pick, decode
         self.generator, self.scheduler, self.catcher = generator, pipe.scheduler, Catcher(pipe)
         self.exact = settings.target.branches != ("model",)
@@ -98,7 +102,7 @@ class _Attachment:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.pipe.scheduler is not self.scheduler:
                 raise ValueError("the pipeline's scheduler was replaced inside the block; replace it before attaching")
-            given = arrange(self.pipe, self.run.particles, args, kwargs)
+            given = arrange(self.pipe, self.run.particles, args, kwargs, expand=self.expand)
             scale = set_guidance(self.pipe, self.settings.target, given) if self.exact else None
             eta = given.get("eta", 0.0)
             check_scheduler(self.scheduler, exact=self.exact, resamples=self.resamples, eta=eta)
@@ -118,7 +122,9 @@ class _Attachment:
         @functools.wraps(original)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if self.prepared is not None:
+            if self.prepared is None:  # not from a corrected call, but its schedule can be refused already
+                plan_of(self.scheduler, exact=self.exact, resamples=self.resamples, eta=None)
+            else:
                 call, eta = self.prepared
                 plan = plan_of(self.scheduler, exact=self.exact, resamples=self.resamples, eta=eta)
                 if self.settings.target.scheduled and not plan.reverse_sde:

@@ -33,7 +33,9 @@ def install_call(pipe: Any, wrap: Callable[[Callable[..., Any]], Callable[..., A
     stack.callback(lambda: setattr(pipe, "__class__", cls))
 
 
-def arrange(pipe: Any, particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arrange(
+    pipe: Any, particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, expand: bool = False
+) -> dict[str, Any]:
     """The call's keyword arguments with K images per prompt.
 
     Prompt embeddings are repeated K times. Pipelines without such an argument take class labels or a batch size: labels that
@@ -64,7 +66,7 @@ def arrange(pipe: Any, particles: int, args: tuple[Any, ...], kwargs: dict[str, 
         labels = given["class_labels"]
         labels = labels.tolist() if torch.is_tensor(labels) else labels
         labels = [labels] if isinstance(labels, int) else list(labels)
-        if not laid_out(labels, particles):
+        if expand or not laid_out(labels, particles):
             labels = [label for label in labels for _ in range(particles)]
         given["class_labels"], rows = labels, len(labels)
     elif "batch_size" in names:
