@@ -46,8 +46,10 @@ PLANS = {3: (3, None), 4: (4, "no_afs"), 5: (6, "zero_x0"), 6: (6, "no_afs"), 7:
 PLANS |= {9: (10, "zero_x0"), 10: (10, "no_afs")}
 
 
-@pytest.mark.parametrize("kind", ["basic", "v3"])
-@pytest.mark.parametrize("nfe", PLANS)
+@pytest.mark.parametrize(
+    ("nfe", "kind"),
+    [pytest.param(nfe, kind, marks=() if nfe == 5 else pytest.mark.slow) for nfe in PLANS for kind in ("basic", "v3")],
+)
 def test_convert_show_and_sample_on_the_reference_pipeline(nfe: int, kind: str, tmp_path: Path) -> None:
     steps, afs = PLANS[nfe]
     source, out, path = tmp_path / "published.pth", tmp_path / "mine.json", tmp_path / "statistics.safetensors"
