@@ -67,9 +67,12 @@ def minority_guidance(
     _place(classifier, pipe)
     pending: dict[str, Tensor] = {}
     masks: dict[tuple[int, int], Tensor] = {}
+    scheduler = pipe.scheduler
 
     def shift(call: NetworkCall) -> Tensor | None:
         pending.clear()
+        if form == "mean" and pipe.scheduler is not scheduler:
+            raise ValueError("form='mean' works on the scheduler's step: change the scheduler outside the block, not inside")
         if scale == 0 or not inside(call.alpha, call.sigma, call.index):
             return None
         rows = len(call.state)

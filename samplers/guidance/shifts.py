@@ -19,7 +19,7 @@ from ..noise import NoiseSchedule
 from .levels import alpha_bar
 
 FORMS = ("eps", "mean")
-SMALLEST_ALPHA_BAR = 1e-6  # below it the state holds no signal, and the shift's factor has no use
+SMALLEST_ALPHA_BAR = 1e-5  # below it the state holds no signal, and the shift's factor only multiplies the classifier's errors
 
 
 class Classifier(Protocol):

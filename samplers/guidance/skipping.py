@@ -103,6 +103,8 @@ def boost_and_skip(
 
     @functools.wraps(forward)
     def boosted(*args: Any, **kwargs: Any) -> Any:
+        if pipe.scheduler is not scheduler:
+            raise ValueError("Boost-and-Skip works on the scheduler: change the scheduler outside the block, not inside")
         if not due[0]:
             return forward(*args, **kwargs)
         inputs = NetworkInputs.of(args, kwargs)

@@ -209,6 +209,19 @@ def test_mean_form_needs_an_ancestral_scheduler_and_acts_after_clipping():
     assert run.guided == 3
 
 
+def test_a_scheduler_changed_inside_the_block_is_noticed():
+    """Where guidance works on the scheduler itself; the plain form follows the change."""
+    pipe = load("digits")
+    classifier = classifier_for((1, 8, 8))
+    blocks = [lambda: minority_guidance(pipe, classifier, form="mean"), lambda: boost_and_skip(pipe, gamma=2.0, skip=1)]
+    for block in blocks:
+        with block(), swap(pipe, "ddpm"), pytest.raises(ValueError, match="outside the block"):
+            pipe(batch_size=1, num_inference_steps=2, output_type="np")
+    with minority_guidance(pipe, classifier) as run, swap(pipe, "ddpm"):
+        pipe(batch_size=1, num_inference_steps=2, output_type="np")
+    assert run.guided == 2
+
+
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler, "ddpm", "euler_ancestral"])
 def test_boost_and_skip_starts_later_and_wider(scheduler):
     pipe = load("digits")
