@@ -109,7 +109,11 @@ class SolverSchedule(Data, frozen=True):
         return corrector_stencil(self.steps, i)
 
     def tail(self, i: int) -> SolverSchedule:
-        """The schedule from ``times[i]`` on, for entry in the middle; steps whose history is cut off become order 1."""
+        """The schedule from ``times[i]`` on, for entry in the middle.
+
+        A step whose history is cut off becomes the step that this schedule makes with as much history at its own start, so
+        that a multistep rule warms up again; or of order 1, where that is a step of another kind.
+        """
         steps = []
         for j, step in enumerate(self.steps[i:]):
             nodes = {self.stencil(i + j).start, *(n for d in self.stencil(i + j).derivatives for n in d[0])}
@@ -125,7 +129,8 @@ class SolverSchedule(Data, frozen=True):
                         step = msgspec.structs.replace(step, corr=None)
                 steps.append(step)
             else:
-                steps.append(StepStrategy(pred="x0", keep_eps=step.keep_eps, noise=step.noise, eval=step.eval))
+                warm = self.steps[j] if _warms_up(self.steps[j], step) else StepStrategy(pred="x0", keep_eps=step.keep_eps)
+                steps.append(msgspec.structs.replace(warm, noise=step.noise, eval=step.eval))
         return msgspec.structs.replace(self, times=self.times[i:], steps=tuple(steps))
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -211,6 +216,16 @@ def configs_folder() -> Path:
 def shipped_schedules() -> dict[str, Path]:
     """Names and files of the found schedules that come with the package."""
     return {path.stem: path for path in (configs_folder() / "schedules").glob("*.json")}
+
+
+def _warms_up(first: StepStrategy, later: StepStrategy) -> bool:
+    """Whether a step from a schedule's start is of the same kind as a later one, and owes nothing to its place."""
+    corr = first.corr
+    bare = first.start == -1 and first.nodes is None and not (first.d_nodes or first.hist_shift or first.delta)
+    bare = bare and (corr is None or (corr.nodes is None and not corr.d_nodes))
+    named = all(r is None or isinstance(r, str) for r in (*first.relax, *(() if corr is None else corr.relax)))
+    alike = all(getattr(first, name) == getattr(later, name) for name in ("pred", "axis", "start", "keep_eps"))
+    return bare and named and alike and first.order <= later.order and (corr is None) == (later.corr is None)
 
 
 def _as_floats(value: Any) -> Any:  # so that 1 and 1.0 have one digest

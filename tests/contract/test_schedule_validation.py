@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from samplers import Corrector, Evaluation, Residual, SolverSchedule, StepStrategy
+from samplers import Corrector, Evaluation, Noise, Residual, SolverSchedule, StepStrategy
 
 S = StepStrategy
 
@@ -204,3 +204,20 @@ def test_cutting_off_history_drops_what_named_it() -> None:
     assert tail.steps == (S(), S(), S(order=2))
     kept = _schedule(S(), S(corr=Corrector(order=2)), S(order=2)).tail(1)
     assert kept.steps == (S(corr=Corrector(order=2)), S(order=2))
+
+
+def test_a_tail_warms_up_as_its_schedule_does() -> None:
+    """With the orders of the schedule's own first steps, their correctors, and the noise of the steps that are replaced."""
+    later = S(order=3, corr=Corrector(order=4), noise=Noise(amount=0.5))
+    first = (S(corr=Corrector(order=2)), S(order=2, relax=("bh2",), corr=Corrector(order=3)))
+    tail = _schedule(*first, *[later] * 5, S(order=3)).tail(3)
+    assert [step.order for step in tail.steps] == [1, 2, 3, 3, 3]
+    assert [step.corr.order for step in tail.steps if step.corr is not None] == [2, 3, 4, 4]
+    assert tail.steps[1].relax == ("bh2",)
+    assert [step.noise for step in tail.steps] == [later.noise] * 4 + [None]
+
+
+@pytest.mark.parametrize("first", [S(pred="eps"), S(axis="t"), S(corr=Corrector(order=2)), S(keep_eps=True)])
+def test_a_tail_does_not_begin_with_a_step_of_another_kind(first: StepStrategy) -> None:
+    tail = _schedule(first, *[S(order=2)] * 4).tail(2)
+    assert tail.steps == (S(), S(order=2), S(order=2))
