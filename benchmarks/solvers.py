@@ -60,6 +60,7 @@ RECIPES = (
 STOCHASTIC = ("ddpm", "euler_ancestral", "sa_solver", "dpmpp:order=2,tau=1", "restart")  # no converged solution to compare with
 GRID_NAMES = (*GRIDS, "gits")
 _KARRAS = {"use_karras_sigmas": True}
+_LEADING = {"timestep_spacing": "leading"}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
     "DDIM trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
@@ -78,6 +79,9 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC 3 karras": ("UniPCMultistepScheduler", {"solver_order": 3, **_KARRAS}),
     "DEIS 2": ("DEISMultistepScheduler", {}),
     "DEIS 3": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "DPM++ 2M leading": ("DPMSolverMultistepScheduler", _LEADING),
+    "UniPC 3 leading": ("UniPCMultistepScheduler", {"solver_order": 3, **_LEADING}),
+    "DEIS 3 leading": ("DEISMultistepScheduler", {"solver_order": 3, **_LEADING}),
     "SDE-DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
