@@ -12,7 +12,7 @@ from scipy.stats import chi2
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from samplers import NoiseSchedule, recipe, sample
+from samplers import NoiseSchedule, SolverSchedule, recipe, sample
 from samplers.denoisers import GaussianMixture
 from samplers.guidance import (
     FitSettings,
@@ -24,9 +24,18 @@ from samplers.guidance import (
     guided_denoiser,
     top_eigenvalue,
 )
+from samplers.recipes import canonical
 
 DIM, MODES, RARE_WEIGHT, APART, POINTS, COUNT, STEPS, FEW = 64, 6, 0.03, 16.0, 20_000, 1000, 100, 10
 FIT = {"steps": 400, "batch_size": 256, "lr": 2e-3}
+
+
+def schedule_of(text: str, noise: NoiseSchedule, nfe: int) -> SolverSchedule:
+    """Recipe text, a JSON schedule or a shipped name."""
+    schedule = recipe(text, noise, nfe) if canonical(text) else SolverSchedule.load(text)
+    if schedule.nfe != nfe:
+        raise ValueError(f"{text} makes {schedule.nfe} network evaluations, this row {nfe}")
+    return schedule
 
 
 class Mixture:
@@ -69,7 +78,7 @@ class Mixture:
 
     def draw(self, text: str, nfe: int, classifier: Any = None, count: int = COUNT, **guidance: Any) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 200)
-        schedule, denoiser = recipe(text, self.noise, nfe), self.denoiser
+        schedule, denoiser = schedule_of(text, self.noise, nfe), self.denoiser
         if classifier is not None:
             denoiser = guided_denoiser(denoiser, self.noise, classifier, times=schedule.times, **guidance)
         return sample(denoiser, torch.randn(count, DIM, generator=generator), schedule, self.noise, generator=generator)

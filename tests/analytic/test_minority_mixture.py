@@ -16,6 +16,7 @@ from samplers.guidance import (
     MinorityClassifier,
     MinorityScorer,
     alpha_bar_of_snr,
+    bins_within,
     equal_count_bins,
     fit,
     guided_denoiser,
@@ -172,6 +173,33 @@ class TestGates:
         assert 3.0 < gain < 6.0
         assert problem.rare_share(out) >= 1.5 * RARE_WEIGHT
         assert problem.on_manifold(out) >= 0.98
+
+
+@pytest.mark.slow
+def test_rare_within_a_class(problem):
+    """Two classes of three modes, each with its own rare one; the classifier is told the class, and so is the denoiser."""
+    weights = torch.tensor([0.5, 0.44, 0.06], dtype=torch.float64)
+    laws = [GaussianMixture(problem.law.means[k : k + 3], torch.full((3,), problem.std), weights) for k in (0, 3)]
+    data = torch.cat([law.sample(6000, torch.Generator().manual_seed(k)).float() for k, law in enumerate(laws)])
+    classes = torch.arange(len(data)) // 6000
+    scores = []
+    for k, law in enumerate(laws):
+        scorer = MinorityScorer(law.denoiser(problem.noise), problem.noise, draws=5)
+        scores.append(scorer(data[classes == k], torch.Generator().manual_seed(2)))
+    labels = bins_within(torch.cat(scores), classes, 10)
+    classifier = MinorityClassifier((DIM,), 10, width=128, depth=2, classes=2)
+    fit(classifier, data, labels, problem.noise, FIT, class_labels=classes)
+    for k, law in enumerate(laws):
+        shares = []
+        for scale in (0.0, 4.0):
+            generator, which = torch.Generator().manual_seed(3), torch.full((COUNT,), k)
+            denoiser = guided_denoiser(law.denoiser(problem.noise), problem.noise, classifier, scale, class_labels=which)
+            x = torch.randn(COUNT, DIM, generator=generator)
+            out = sample(denoiser, x, recipe("ddpm", problem.noise, STEPS), problem.noise, generator=generator)
+            shares.append((problem.mode(out) == 3 * k + 2).double().mean().item())
+            assert problem.on_manifold(out) >= 0.98
+        assert shares[0] <= 0.10
+        assert shares[1] >= 0.30
 
 
 def test_zero_scale_and_empty_window_are_bit_identical(problem):
