@@ -190,7 +190,7 @@ def chain_fit(chain: MarkovModel, nfe: int, target: object, seed: int, folder: P
 
 def sudoku(cells: Cells, args: argparse.Namespace) -> None:
     truth = sudoku_grids()[torch.randint(288, (6000,), generator=seeded(9))]
-    for name in ("uniform", "masked"):
+    for name in args.processes:
         process = PROCESSES[name](4)
         model = sudoku_network(process, cells.work)
         knobs = ("t", "temp") if name == "uniform" else ("count", "temp")
@@ -223,7 +223,7 @@ def sudoku_scores(model: Model, table: DiscreteTable, process: Process, seed: in
 def digits(cells: Cells, args: argparse.Namespace) -> None:
     if cells.due("digits/network/uniform/0/0/training digits"):
         cells.put(digit_scores(binary_digits("train")))
-    for name in PROCESSES:
+    for name in args.processes:
         model = load_tokens(f"binary-digits-{name}")
         knobs = ("t", "temp") if name == "uniform" else ("count", "temp")
         for nfe in (4, 8, 16, 24, 64):
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*parts])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--processes", nargs="+", choices=[*PROCESSES], default=["uniform", "masked"], help="sudoku, digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     torch.set_num_threads(1)

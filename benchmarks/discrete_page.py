@@ -2,7 +2,7 @@
 
     python benchmarks/discrete_page.py --work DIR
 
-Only cells that were computed appear. Numbers are means over seeds; "n" is how many.
+Only cells that were computed appear. Numbers are means over the seeds that were run.
 """
 
 from __future__ import annotations
@@ -35,25 +35,31 @@ KEPT = {
 
 
 def tables(cells: list[dict]) -> str:
-    groups: dict[tuple[str, str, str], dict[tuple[int, str], list[dict]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str, str], dict[str, dict[int, list[dict]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for cell in cells:
         part, task, process, _, nfe, sampler = cell["key"].split("/", 5)
-        groups[part, task, process][int(nfe), sampler].append(cell)
+        groups[part, task, process][sampler][int(nfe)].append(cell)
     lines: list[str] = []
     for part, title in TITLES.items():
-        chosen = {key: rows for key, rows in groups.items() if key[0] == part}
-        if not chosen:
-            continue
-        names = KEPT[part]
-        lines += [f"### {title}", ""]
-        for (_, task, process), rows in chosen.items():
-            lines += [f"**{task}, {process}**", "", f"| NFE | sampler | {' | '.join(names)} | n |"]
-            lines.append("|" + "---|" * (len(names) + 3))
-            for (nfe, sampler), found in sorted(rows.items()):
-                numbers = " | ".join(f"{mean(cell[name] for cell in found if name in cell):.3g}" for name in names)
-                lines.append(f"| {nfe or ''} | {sampler} | {numbers} | {len(found)} |")
+        chosen = {key[1:]: rows for key, rows in groups.items() if key[0] == part}
+        if chosen:
+            lines += [f"### {title}", "", f"Cells: {', '.join(KEPT[part])}.", ""]
+        for (task, process), rows in chosen.items():
+            columns = sorted({nfe for found in rows.values() for nfe in found if nfe})
+            lines += [f"**{task}, {process} noise**", ""]
+            lines += [f"| sampler | {' | '.join(f'NFE {nfe}' for nfe in columns)} |", "|" + "---|" * (len(columns) + 1)]
+            for sampler, found in rows.items():
+                entries = [cell_text(found[0] if 0 in found else found.get(nfe, []), KEPT[part]) for nfe in columns]
+                lines.append(f"| {sampler} | {' | '.join(entries)} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def cell_text(found: list[dict], names: list[str]) -> str:
+    """Means over seeds, short."""
+    return ", ".join(f"{mean(cell[name] for cell in found):.3g}" for name in names) if found else ""
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def resolve_target(
     if target.is_floating_point():
         if tuple(target.shape) != (vocab,) * seq_len:
             raise ValueError(f"a law for this process has shape ({vocab},) * {seq_len}, got {tuple(target.shape)}")
-        if bool((target < 0).any()) or abs(float(target.sum()) - 1.0) > 1e-6:
+        if bool((target < 0).any()) or abs(float(target.sum()) - 1.0) > 1e-5:
             raise ValueError(f"a law is non-negative and sums to one; this one sums to {float(target.sum()):.6g}")
         law = target.double()
         if exact:

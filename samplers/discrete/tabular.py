@@ -94,7 +94,7 @@ class TabularModel(SupportModel):
         if law.numel() > ENUMERABLE:
             raise ValueError(f"the table has {law.numel()} entries, the limit is {ENUMERABLE}; use MarkovModel or SupportModel")
         law = law.double()
-        if bool((law < 0).any()) or abs(float(law.sum()) - 1.0) > 1e-6:
+        if bool((law < 0).any()) or abs(float(law.sum()) - 1.0) > 1e-5:
             raise ValueError(f"a law is non-negative and sums to one; this one sums to {float(law.sum()):.6g}")
         self.law = law
         support = law.nonzero()
