@@ -118,4 +118,11 @@ def _open_first_inputs(pipe: DiffusionPipeline) -> list[Any]:
         whole, scheduler.opened_sizes = open_input(scheduler.open, module, kwargs[name], timestep)
         return args, {**kwargs, name: whole}
 
-    return [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers]
+    before.opens_first_input = True  # type: ignore[attr-defined]
+    fresh = [denoiser for denoiser in denoisers if not _has_opener(denoiser)]
+    return [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in fresh]
+
+
+def _has_opener(denoiser: nn.Module) -> bool:
+    """Whether an enclosing `swap` has hooked it already: its hook serves the scheduler that is in place, whichever it is."""
+    return any(hasattr(hook, "opens_first_input") for hook in denoiser._forward_pre_hooks.values())

@@ -166,6 +166,19 @@ def test_an_analytic_first_step_leaves_the_image_alone(name: str, build: Callabl
     assert (first != other).sum() == first.numel() - first[place].numel()
 
 
+@pytest.mark.parametrize("outer", ["euler:afs=zero_x0", "euler"])
+def test_a_swap_inside_a_swap(outer: str, build: Callable[..., Tiny]) -> None:
+    tiny = build("wan")
+    with swap(tiny.pipe, "dpmpp:order=2,afs=zero_x0"):
+        expected = tiny(3)
+    with swap(tiny.pipe, outer):
+        around = tiny(3)
+        with swap(tiny.pipe, "dpmpp:order=2,afs=zero_x0"):
+            assert torch.equal(tiny(3), expected)
+        assert torch.equal(tiny(3), around)
+    assert not tiny.denoiser._forward_pre_hooks
+
+
 def test_unknown_conditions_are_refused(build: Callable[..., Tiny]) -> None:
     """A pipeline that appends tokens to the state cannot be told from one that does not, until its first step."""
     tiny = build("ltx")
