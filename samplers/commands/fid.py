@@ -116,10 +116,9 @@ def run(
         _cost(job)
         return
     if fresh:
-        for cell, seeds in ((cell, seeds) for cell in job.cells for seeds in job.shards()):
-            job.folder(cell).file(seeds).unlink(missing_ok=True)
+        job.clear()
     _sample(job, save_images)
-    job.score()
+    job.score(again=fresh)
     _finish(job)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .moments import FeatureMoments
+from .symmetric import add_lower_
 
 # Covariances that others summed in float32 have eigenvalues this far below zero, relative to the largest.
 NEGATIVE = 1e-5
@@ -84,8 +85,7 @@ class FrechetReference:
         mu, sigma = _gaussian(mu, sigma)
         self._fits(mu)
         mu, sigma = mu.to(self.mu.device), sigma.to(self.mu.device)
-        product = self.root.mT @ sigma @ self.root
-        values = torch.linalg.eigvalsh((product + product.mT) / 2)
+        values = _eigenvalues(sigma @ self.root, self.root)
         smallest = values.min().item() if len(values) else 0.0
         # A covariance makes the product positive semi-definite up to rounding, which scales with both matrices.
         scale = (self.sigma.diagonal().abs().max() * sigma.diagonal().abs().max()).item()
@@ -120,8 +120,8 @@ class FrechetReference:
         x = x - mu
         trace = x.square().sum() / (n - 1)
         rotated = x @ self.root / (n - 1) ** 0.5
-        gram = rotated @ rotated.mT if n <= rank else rotated.mT @ rotated
-        return self._value(mu, trace, _root_sum(torch.linalg.eigvalsh(gram)))
+        thin = rotated.mT if n <= rank else rotated
+        return self._value(mu, trace, _root_sum(_eigenvalues(thin, thin)))
 
     def _fits(self, mu: Tensor) -> None:
         if mu.shape != self.mu.shape:
@@ -143,6 +143,12 @@ def _gaussian(mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     if asymmetry > 1e-4 * size:
         raise ValueError(f"not a covariance: it is not symmetric (by {(asymmetry / size).item():.1e} of its largest entry)")
     return mu, (sigma + sigma.mT) / 2
+
+
+def _eigenvalues(a: Tensor, b: Tensor) -> Tensor:
+    """Eigenvalues of a^T b, which is symmetric: only its lower triangle is computed and read."""
+    product = a.new_zeros(a.shape[1], a.shape[1])
+    return torch.linalg.eigvalsh(add_lower_(product, b, a), UPLO="L")
 
 
 def _floor(values: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .symmetric import add_lower_, full
+
 
 class FeatureMoments:
     """Mean and covariance of a stream of feature vectors, in float64.
@@ -32,7 +34,7 @@ class FeatureMoments:
         self._device = torch.device(device)
         self._count: int | None = 0
         self._mean = torch.zeros(dim, dtype=torch.float64, device=self._device)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self._device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self._device)  # its lower triangle
         self._buffer: Tensor | None = None
         self._filled = 0
 
@@ -59,7 +61,7 @@ class FeatureMoments:
             return self._scatter.clone()
         if self._count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, not {self._count}")
-        return self._scatter / (self._count - 1)
+        return full(self._scatter) / (self._count - 1)
 
     def update(self, features: Tensor) -> None:
         """Add feature vectors.
@@ -97,7 +99,9 @@ class FeatureMoments:
         self._flush()
         other._flush()
         assert other._count is not None
-        self._add(other._count, other._mean.to(self._device), other._scatter.to(self._device))
+        self._combine(other._count, other._mean.to(self._device))
+        if other._count:
+            self._scatter.add_(other._scatter.to(self._device))
         return self
 
     def save(self, path: str | Path) -> None:
@@ -154,15 +158,18 @@ class FeatureMoments:
         mean = rows.mean(0)
         if not bool(mean.isfinite().all()):
             raise ValueError("features are not finite")
-        rows = rows - mean
-        self._add(count, mean, rows.mT @ rows)
+        rows -= mean  # in the buffer, which is free after this
+        self._combine(count, mean)
+        add_lower_(self._scatter, rows, rows)
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _combine(self, count: int, mean: Tensor) -> None:
+        """Take in the mean of ``count`` vectors, and what their distance from the others' mean adds to the scatter."""
         assert self._count is not None
         total = self._count + count
         if not count:
             return
         delta = mean - self._mean
-        self._scatter.addr_(delta, delta, alpha=self._count * count / total).add_(scatter)
+        if self._count:
+            self._scatter.addr_(delta, delta, alpha=self._count * count / total)
         self._mean = self._mean + delta * (count / total)
         self._count = total

@@ -104,6 +104,21 @@ def test_moments_are_those_of_numpy():
     torch.testing.assert_close(moments.cov, torch.from_numpy(np.cov(x.numpy().T)), rtol=1e-8, atol=1e-9)
 
 
+def test_more_features_than_a_block():
+    """Large covariances are summed block by block, their lower triangles only."""
+    x = torch.randn(700, 530, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    moments = FeatureMoments(530, rows=300)
+    for part in x.split(90):
+        moments.update(part)
+    torch.testing.assert_close(moments.cov, torch.cov(x.T), rtol=1e-10, atol=1e-12)
+    other = covariance(530, 12)
+    mu = torch.zeros(530)
+    root = torch.linalg.cholesky(other)
+    expected = torch.linalg.eigvalsh(root.mT @ torch.cov(x.T) @ root).sqrt().sum()
+    value = frechet_distance(mu, other, mu, torch.cov(x.T))
+    assert value == pytest.approx((other.trace() + torch.cov(x.T).trace() - 2 * expected).item(), rel=1e-9)
+
+
 def test_merge_order_changes_nothing():
     x = torch.randn(300, 5, generator=torch.Generator().manual_seed(1)) * 3 + 2
     whole = FeatureMoments(5)

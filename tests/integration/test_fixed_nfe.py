@@ -154,6 +154,27 @@ def test_broken_features_stop_the_run(make, extractor):
     assert len(run.missing()) == 3
 
 
+def test_divergence_names_the_sampler(make, monkeypatch):
+    monkeypatch.setattr("samplers.evaluation.fixed_nfe.sampling.generate", lambda *_, **__: torch.full((3, 1, 8, 8), torch.inf))
+    with pytest.raises(ValueError, match="ddim at 2 evaluations diverged"):
+        make().sample()
+
+
+def test_begin_afresh(make):
+    run = make()
+    run.sample()
+    first = run.score()[0]
+    run.clear()
+    assert len(run.missing()) == 3
+    run.sample()
+    second = run.score(again=True)[0]
+    assert second["mean"] == first["mean"]
+    assert len((run.out / "results.jsonl").read_text().splitlines()) == 2
+    assert read_results(run.out) == [second]
+    with pytest.raises(ValueError, match="2 processes"):
+        replace(run, worker=Worker(0, 2)).clear()
+
+
 def test_estimate_counts_what_is_missing(make):
     run = make(nfes=[2, 4])
     assert [(row["images"], row["forwards"]) for row in estimate(run)] == [(11, 22), (11, 44)]

@@ -14,15 +14,15 @@ FILE = "results.jsonl"
 Record = dict[str, Any]
 
 
-def append(out: Path, record: Record) -> bool:
-    """Add a record unless the same one is there; safe with several processes.
+def append(out: Path, record: Record, *, again: bool = False) -> bool:
+    """Add a record unless its cell has one (or ``again``); safe with several processes.
 
     Returns:
         Whether it was added.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        if record["key"] in {old["key"] for old in _lines(out)}:
+        if not again and record["key"] in {old["key"] for old in _lines(out)}:
             return False
         with (out / FILE).open("a+b") as file:
             _drop_unfinished_line(file)

@@ -105,6 +105,18 @@ class FixedNfeRun:
         """What is still to be sampled by anyone."""
         return [(cell, seeds) for cell in self.cells for seeds in self.folder(cell).missing(self.shards())]
 
+    def clear(self) -> None:
+        """Delete the shards of this run, so that `sample` makes them again.
+
+        Raises:
+            ValueError: there are other processes, whose shards would go with them.
+        """
+        if self.worker.world > 1:
+            raise ValueError(f"{self.worker.world} processes cannot begin afresh together; delete {self.out / 'shards'} first")
+        for cell in self.cells:
+            for seeds in self.shards():
+                self.folder(cell).file(seeds).unlink(missing_ok=True)
+
     def sample(
         self,
         progress: Callable[[str, int], None] = lambda what, images: None,
@@ -137,16 +149,16 @@ class FixedNfeRun:
             )
             self.folder(cell).write(seeds, shard)
 
-    def score(self, progress: Callable[[Cell], None] = lambda cell: None) -> list[Record]:
+    def score(self, *, again: bool = False) -> list[Record]:
         """Score complete cells that have no record yet, and give the records of this run.
 
         Args:
-            progress: called with each cell that was scored.
+            again: also score those that have one; the new record counts.
         """
         side = self.reference.frechet(self.extractor.protocol)
         floor: Floor | None = None
         for cell in self.cells:
-            if self.folder(cell).missing(self.shards()) or self._key(cell) in self._known():
+            if self.folder(cell).missing(self.shards()) or (not again and self._key(cell) in self._known()):
                 continue
             floor = floor or frechet_floor(
                 self.reference, self.extractor.protocol, self.num, generator=torch.Generator().manual_seed(0)
@@ -155,8 +167,7 @@ class FixedNfeRun:
                 score(self.folder(cell), self.shards(r), self.metrics, self.reference, side, self.extractor.protocol)
                 for r in range(self.repeats)
             ]
-            append(self.out, self._record(cell, repeats, floor))
-            progress(cell)
+            append(self.out, self._record(cell, repeats, floor), again=again)
         known = self._known()
         return [known[key] for key in map(self._key, self.cells) if key in known]
 

@@ -69,6 +69,8 @@ def make_shard(
                 images = generate(model.pipe, conditioning, batch, steps=cell.nfe, seed=0)
             sampling += time.perf_counter() - began
             counts.add(calls.count(len(batch), nominal_nfe(scheduler, cell.nfe)))
+            if not bool(images.isfinite().all()):
+                raise ValueError(f"{cell.sampler} at {cell.nfe} evaluations diverged: its images are not finite")
             pixels = quantise(images)
             kept.append(pixels[: max(0, keep_images - (batch.start - seeds.start))])
             prompts = [conditioning.prompts[i % len(conditioning.prompts)] for i in batch] if clip else []
