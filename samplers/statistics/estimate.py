@@ -26,11 +26,12 @@ from torch.autograd import forward_ad as fw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..noise import NoiseSchedule
-from .empirical import EmpiricalStatistics, node_grid
+from .grid import node_grid
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int | None], None]
 Pool = Literal["none", "channels", "all"]
+Estimate = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]  # lam, l, s, b and the settings
 CHECKPOINT = "empirical-statistics-moments/1"
 MOMENTS = ("slope", "y", "d", "dd", "yy", "yd", "dd2", "ydd", "ddd")  # see `_moments`
 VANISHING = 1e-10  # variance of f, relative, below which it is rounding and tells nothing about s
@@ -60,8 +61,8 @@ def estimate(
     derivatives: Literal["forward", "difference"] = "forward",
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
-) -> EmpiricalStatistics:
-    """Estimate the statistics of ``denoiser``; see `EmpiricalStatistics.estimate`."""
+) -> Estimate:
+    """Estimate the statistics of ``denoiser``; see `samplers.statistics.EmpiricalStatistics.estimate`."""
     _check_options(nodes, batch_size, probes, pool, derivatives)
     lam = node_grid(noise_schedule, nodes, t_start, t_end)
     settings = {
@@ -215,7 +216,7 @@ def _gather(sums: _Sums, moments: dict[str, Tensor], k: int, nodes: int, pool: P
 # ---- from moments to statistics ----------------------------------------------------------------------------------------------
 
 
-def _solve(lam: Tensor, sums: _Sums, provenance: dict[str, Any]) -> EmpiricalStatistics:
+def _solve(lam: Tensor, sums: _Sums, provenance: dict[str, Any]) -> Estimate:
     """Least squares of f' on f at every node."""
     slope, y, d, dd, yy, yd, d2, ydd, ddd = (sums.values[name] / sums.samples for name in MOMENTS)
     l = 1 - slope
@@ -228,7 +229,7 @@ def _solve(lam: Tensor, sums: _Sums, provenance: dict[str, Any]) -> EmpiricalSta
     variance, covariance = ff - f * f, ff1 - f * f1
     floor = VANISHING * (keep**2 * yy + d2)
     s = torch.where(variance > floor, covariance / variance.clamp(min=1e-300), 0.0)
-    return EmpiricalStatistics(lam, l.cpu(), s.cpu(), (f1 - s * f).cpu(), provenance)
+    return lam, l.cpu(), s.cpu(), (f1 - s * f).cpu(), provenance
 
 
 # ---- the data and the checkpoint -----------------------------------------------------------------------------------------
