@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
 from samplers import NoiseSchedule
@@ -173,11 +174,11 @@ def corrected(
         inputs["batch_size"] = 1
     torch.manual_seed(0)  # some pipelines pass no generator to their scheduler
     with swap(tiny.pipe, recipe), FeynmanKac(target, ess=1.0).attach(tiny.pipe, k, **options) as run:
-        images = tiny.pipe(num_inference_steps=steps, **inputs).images
+        images = tiny.pipe(num_inference_steps=steps, **inputs)[0]
     return torch.as_tensor(images), run
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "dit", "wan"])
 def test_pipelines_of_every_kind(kind: str, build: Build) -> None:
     tiny = build(kind)
     if kind == "flux":
@@ -312,3 +313,38 @@ def test_guidance_that_is_not_a_mix_is_noticed(build: Build) -> None:
             with pytest.raises(ValueError, match="more to its guidance branches than mix them"):
                 tiny.pipe(num_inference_steps=3, **tiny.inputs)
         assert scheduler.step == original
+
+
+class ModularLike:
+    """The denoising loop of a modular pipeline: a real guider, and one network call per branch."""
+
+    def __init__(self, tiny: Any, guider: ClassifierFreeGuidance) -> None:
+        self.unet, self.scheduler, self.guider, self.inputs = tiny.pipe.unet, tiny.pipe.scheduler, guider, tiny.inputs
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int, batch: int, generator: torch.Generator) -> tuple[Tensor]:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(batch, 4, 8, 8, generator=generator)
+        embeds = [self.inputs[name][:1].expand(batch, -1, -1) for name in ("prompt_embeds", "negative_prompt_embeds")]
+        for i, t in enumerate(self.scheduler.timesteps):
+            self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+            states = self.guider.prepare_inputs({"embeds": tuple(embeds)})
+            for state in states:
+                state.noise_pred = self.unet(latents, t, state.embeds).sample
+            latents = self.scheduler.step(self.guider(states)[0], t, latents, generator=generator, return_dict=False)[0]
+        return (latents,)
+
+
+def test_modular_guider(build: Build, generator: Gen) -> None:
+    guider = ClassifierFreeGuidance(guidance_scale=3.0)
+    tiny = build("sd")
+    with swap(tiny.pipe, "dpmpp_sde"):
+        modular = ModularLike(tiny, guider)
+        with FeynmanKac(Target.cfg(3.0), ess=1.0).attach(modular, 4, pick="max") as run:
+            (latents,) = modular(num_inference_steps=4, batch=4, generator=generator())
+        assert latents.shape[0] == 1
+        assert float(run.ess.min()) < 4
+        assert "forward" not in vars(guider)
+        rescaled = ModularLike(tiny, ClassifierFreeGuidance(guidance_scale=3.0, guidance_rescale=0.5))
+        with pytest.raises(ValueError, match="the guider rescales"), FeynmanKac(Target.cfg(3.0)).attach(rescaled, 4):
+            rescaled(num_inference_steps=4, batch=4, generator=generator())
