@@ -17,7 +17,6 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..discrete import DiscreteRun, DiscreteTable, MaskedProcess, Process, UniformProcess, resample_table
-from ..discrete.kernels import uniform
 
 DEFAULTS = {"masked": "fixed_count", "uniform": "tweedie"}
 FALLBACKS = ("refuse", "interpolate")
@@ -268,7 +267,8 @@ class DiscreteSolverScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= index < self.num_inference_steps:
             raise ValueError(f"timestep must be one of 0 .. {self.num_inference_steps - 1}, got {index}")
         left = self.plan("masked").masked_share(index)
-        hit = uniform(sample.shape, torch.zeros((), device=sample.device), generator) < left
+        place = sample.device if generator is None else generator.device
+        hit = torch.rand(sample.shape, generator=generator, device=place).to(sample.device) < left
         return torch.where(hit, self.config.mask_token_id, sample)
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What callers of discrete samplers and of their fitting may rely on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from distill import DiscreteTable, FitSettings, Teacher, fit_discrete_sampler, t
 from samplers.discrete import (
     DiscreteRun,
     MaskedProcess,
+    SupportModel,
     TabularModel,
     UniformProcess,
     exact_law,
@@ -163,6 +165,30 @@ def test_fitting_from_samples_runs_from_the_model_alone(target):
     assert notes["scores"]["learned"]["objective"] < 0.7 * notes["scores"]["plain"]["objective"]
     assert set(notes["scores"]["learned"]) == {"objective", "4gram_kl", "entropy_gap"}
     assert table.nfe == 3
+
+
+def test_every_sample_objective_improves_its_own_kind_of_law():
+    generator = torch.Generator().manual_seed(0)
+    settings = FitSettings(budget=70, samples=300, judged=900, teacher=TINY.teacher, holdout=("2gram",))
+    process = UniformProcess(4)
+    points = torch.randint(4, (6, 8), generator=generator)
+    model = SupportModel(points, process)
+    ids = model.sample(900, generator)
+    for objective in ("tv_support", "mmd", "auto"):
+        table = fit_discrete_sampler(model, process, 8, 3, ("t", "temp"), objective, ids, settings=settings)
+        scores = table.provenance["scores"]
+        assert table.provenance["objective"] == ("tv_support" if objective == "auto" else objective)
+        assert scores["learned"]["objective"] < 0.8 * scores["plain"]["objective"]
+    with pytest.raises(ValueError, match="use ngram_kl or mmd"):
+        _fit(objective="tv_support", target=random_chain(process).sample(900, 10, generator))
+
+
+@pytest.mark.slow
+def test_score_objectives_run_where_nothing_can_be_enumerated():
+    with pytest.warns(UserWarning, match="no improvement"):
+        table = _fit(objective="score_l2", settings=replace(TINY, relax=0.1))
+    assert table.rate[1] < 0.95
+    assert table.provenance["target"] == "teacher"
 
 
 @pytest.mark.filterwarnings("ignore:no improvement")
