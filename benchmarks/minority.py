@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import minority_cifar
 import minority_digits
 import minority_mixture
 import torch
 from minority_record import Record
 
-PARTS = ("mixture", "digits")
+PARTS = ("mixture", "digits", "cifar")
 RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ["ddpm", "dpmpp:order=2"]
 
@@ -37,11 +38,14 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=PARTS, default=None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sampler", action="append", default=None)
+    parser.add_argument("--data", type=Path, help="for --part cifar")
     parser.add_argument("--work", type=Path, default=Path("minority-work"), help="folder for scores and classifiers")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument("--page", type=Path, help="also write the tables into this page")
     args = parser.parse_args()
-    parts, samplers = args.part or PARTS, args.sampler or SAMPLERS
+    parts, samplers = args.part or PARTS[:2], args.sampler or SAMPLERS
+    if "cifar" in parts and args.data is None and not args.table:
+        parser.error("--part cifar needs --data, the CIFAR-10 file of benchmarks/models/train_cifar16_thinned.py")
     records = {part: Record(RESULTS / f"minority-{part}.json") for part in parts}
     if not args.table:
         torch.set_num_threads(1)
@@ -49,8 +53,12 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
             for part in parts:
-                rows = minority_mixture.rows if part == "mixture" else minority_digits.rows
-                records[part].run(seed, rows(seed, samplers, args.work))
+                if part == "cifar":
+                    rows = minority_cifar.rows(seed, samplers, args.work, args.data)
+                else:
+                    module = minority_mixture if part == "mixture" else minority_digits
+                    rows = module.rows(seed, samplers, args.work)
+                records[part].run(seed, rows)
     for part, record in records.items():
         print(f"\n## {part}\n\n{record.table()}")
     if args.page:
