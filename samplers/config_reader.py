@@ -146,8 +146,10 @@ def _is_cosine(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def _family(name: str, values: Mapping[str, Any]) -> str | None:
-    if values.get("family") in ("vp", "edm", "flow"):
-        return str(values["family"])
+    if (family := values.get("family")) is not None:
+        if family not in ("vp", "edm", "flow"):
+            raise ValueError(f"unknown family {family!r}; known: vp, edm, flow")
+        return str(family)
     if name.startswith(FLOW_CLASSES) or values.get("use_flow_sigmas") or values.get("prediction_type") == FLOW_PREDICTION:
         return "flow"
     if name.startswith(("EDM", "Cosine")) or ("sigma_data" in values and "sigma_schedule" in values):

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -125,8 +124,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             ValueError: unknown values, a malformed schedule or recipe.
             FileNotFoundError: a schedule or file that is not there.
         """
-        if isinstance(schedule, str | Path):
-            schedule = resolve_schedule(schedule)
+        schedule = resolve_schedule(schedule)
         if not isinstance(schedule, str):
             schedule = json.loads(json.dumps(SolverSchedule.from_dict(schedule).to_dict()))  # lists, as when read back
         self.register_to_config(schedule=schedule)

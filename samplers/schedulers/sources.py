@@ -25,12 +25,18 @@ _NEVER_NONE = (
 )
 
 
-def resolve_schedule(source: str | Path) -> str | dict[str, Any]:
-    """Recipe text as it is; a file or a shipped name as its content, so that saved pipelines carry the schedule itself.
+def resolve_schedule(source: str | Path | Mapping[str, Any] | SolverSchedule) -> str | dict[str, Any]:
+    """Recipe text as it is; a file, a shipped name or a schedule as its content, so that saved pipelines carry it.
 
     Raises:
-        ValueError: none of the three; the message lists what is known.
+        ValueError: none of these; the message lists what is known.
     """
+    if isinstance(source, SolverSchedule):
+        return source.to_dict()
+    if isinstance(source, Mapping):
+        return dict(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(f"schedule must be recipe text, a path, a name, a dict or a SolverSchedule, got {source!r}")
     text = str(source)
     if canonical(text) is not None:
         return text

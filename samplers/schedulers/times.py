@@ -14,6 +14,8 @@ from ..recipes import RecipeText
 from ..strategy import Noise, SolverSchedule
 from .spacing import config_times, dynamic_shift, end_time, flow_times
 
+ROUNDING = 1e-3  # relative; published lists of noise levels have few digits
+
 
 def schedule_for(
     source: RecipeText | SolverSchedule,
@@ -114,5 +116,8 @@ def _callers_times(
         unshifted = [value / 1000.0 for value in values] if are_timesteps else values
         return (*flow_times(config, len(values), mu, unshifted).tolist(), 0.0)
     levels = torch.tensor(values, dtype=torch.float64)
+    top = float(torch.exp(-noise.lam(noise.t_max)))
+    if not are_timesteps and noise.family == "vp" and values[0] > top * (1 + ROUNDING):
+        raise ValueError(f"sigmas begin at {values[0]:g}, above the {top:g} of this model's first training step")
     t = noise.t_of_timestep(levels) if are_timesteps else noise.t_of_lam(-torch.log(levels))
     return (*t.tolist(), end_time(noise, config, float(t[-1]), convention=convention, final=final))

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from samplers import NoiseSchedule, recipe
 from samplers.schedulers import SolverScheduler
 
 # ---- noise half-way --------------------------------------------------------------------------------------------------
@@ -177,6 +178,24 @@ def test_kinds_of_timesteps(kind: Any, x: Tensor) -> None:
     assert torch.equal(
         ours.add_noise(x, x, torch.atleast_1d(torch.as_tensor(kind(t)))), ours.add_noise(x, x, ours.timesteps[2:3])
     )
+
+
+def test_bad_values_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown family 'abc'; known: vp, edm, flow"):
+        SolverScheduler(family="abc")
+    with pytest.raises(ValueError, match="schedule must be recipe text, a path, a name, a dict or a SolverSchedule, got None"):
+        SolverScheduler(schedule=None)
+    ours = SolverScheduler()
+    with pytest.raises(ValueError, match=r"sigmas begin at 500, above the 157\.407 of this model's first training step"):
+        ours.set_timesteps(sigmas=[500.0, 3.0, 0.0])
+    ours.set_timesteps(sigmas=[157.41, 3.0, 0.0])  # rounded, as published lists are
+
+
+def test_a_schedule_object() -> None:
+    found = recipe("unipc:order=2", NoiseSchedule.vp_linear(), 4)
+    ours = SolverScheduler(schedule=found)
+    assert ours.source == found
+    assert ours.config.schedule == SolverScheduler(schedule=found.to_dict()).config.schedule
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
