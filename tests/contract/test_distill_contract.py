@@ -152,7 +152,7 @@ def test_bad_calls_are_refused():
         TabularModel(torch.ones(3, 3), process)
 
 
-@pytest.mark.parametrize("target", ["teacher", "ids"])
+@pytest.mark.parametrize("target", ["teacher", pytest.param("ids", marks=pytest.mark.slow)])
 def test_fitting_from_samples_runs_from_the_model_alone(target):
     chain = random_chain(UniformProcess(4))
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +167,7 @@ def test_fitting_from_samples_runs_from_the_model_alone(target):
     assert table.nfe == 3
 
 
+@pytest.mark.slow
 def test_every_sample_objective_improves_its_own_kind_of_law():
     generator = torch.Generator().manual_seed(0)
     settings = FitSettings(budget=70, samples=300, judged=900, teacher=TINY.teacher, holdout=("2gram",))

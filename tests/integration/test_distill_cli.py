@@ -23,6 +23,7 @@ def config(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_run_then_eval(config, tmp_path):
     out = tmp_path / "out"

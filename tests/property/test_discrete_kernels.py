@@ -1,7 +1,7 @@
 """Properties of kernels and draws for any posterior, state and step."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samplers.discrete import CATALOGUE, MaskedProcess, SurvivalSchedule, UniformProcess, draw, nucleus, sharpen
@@ -27,6 +27,7 @@ def is_kernel(rows, tolerance=1e-9):
     torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), atol=tolerance, rtol=0)
 
 
+@settings(max_examples=40)
 @given(SEEDS, st.booleans(), SCHEDULES, st.floats(0.02, 1.0), st.floats(0.0, 0.98), st.floats(0.0, 20.0))
 def test_kernels_conserve_probability(seed, masked, schedule, t, share, rate):
     process, x, probs = scene(seed, masked, schedule)
