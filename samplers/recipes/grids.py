@@ -264,10 +264,10 @@ def times(noise: NoiseSchedule, grid: Grid, n: int, final: str, rho: float = RHO
     if final == "sigma_min" and both_ends:
         points = grid(noise, n + 1)  # these include t_min, which is then the end itself
         return (*points[:-1].tolist(), noise.t_min)
-    points = grid(noise, n).tolist()
-    if final == "sigma_min" and points[-1] <= noise.t_min:
+    starts = grid(noise, n).tolist()
+    if final == "sigma_min" and starts[-1] <= noise.t_min:
         raise ValueError(
-            f"with {n} steps this grid evaluates at t = {points[-1]:.3g}, not above the end t_min = {noise.t_min:.3g} that "
+            f"with {n} steps this grid evaluates at t = {starts[-1]:.3g}, not above the end t_min = {noise.t_min:.3g} that "
             "final=sigma_min asks for; use final=zero or another grid"
         )
-    return (*points, 0.0 if final == "zero" else noise.t_min)
+    return (*starts, 0.0 if final == "zero" else noise.t_min)
