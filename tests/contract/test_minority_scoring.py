@@ -287,6 +287,7 @@ class TestFit:
         with pytest.raises(ValueError, match="lr differ"):
             fit(self.small(), x, labels, NOISE, FitSettings(steps=90, batch_size=32, check_every=30, lr=1.0), checkpoint=path)
 
+    @pytest.mark.slow
     def test_early_stop_keeps_the_best_weights(self):
         """Labels without meaning: the held-out loss soon rises."""
         x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -301,6 +302,7 @@ class TestFit:
         report = fit(self.small(), x, labels, noise, FitSettings(steps=60, batch_size=64, check_every=60, lr=5e-3))
         assert report.validation_loss < 0.68
 
+    @pytest.mark.slow
     def test_class_conditional(self):
         """The meaning of the label is turned round in the second class."""
         x, labels = self.problem()

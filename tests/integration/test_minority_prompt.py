@@ -70,6 +70,7 @@ def test_without_updates_it_is_the_prompt_with_the_word(pipe):
     assert run.guided == 0
 
 
+@pytest.mark.slow
 def test_updates_climb_the_reconstruction_distance(pipe):
     """Ascent on fixed noise: more updates give a larger |a - b|; judged on the second noise the ascent was not made on."""
 
