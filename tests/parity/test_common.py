@@ -116,7 +116,7 @@ def test_trained_betas_from_another_class(betas: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("text", ["dpmpp:order=2", "euler"])
-@pytest.mark.parametrize("n", [2, 300])
+@pytest.mark.parametrize("n", [2, pytest.param(300, marks=pytest.mark.slow)])
 def test_times_of_long_runs_are_distinct(n: int, text: str, spacing: str, flag: str | None) -> None:
     """In-tree grids of many steps repeat timesteps, and their multistep rules divide by zero there."""
     options = {} if flag is None else {flag: True}
