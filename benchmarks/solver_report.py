@@ -36,21 +36,23 @@ WHY = """## What wins where, and why
 6 evaluations the ten best recipes, each on its best grid, lie within a factor of 1.1 to 1.6 of one another. Most of the gap
 to diffusers' classes in the next table is the grid: their default spacing spends its first evaluations where alpha is close
 to 0 and the prediction hardly changes. `leading` starts a little below the noisiest time (t = 0.83 at NFE 5, where alpha is
-0.03), so starting there from pure noise costs almost nothing and every evaluation is used. It is the best grid of nearly
-every recipe on images. diffusers offers it as `timestep_spacing="leading"`; rows with that setting are in the tables.
+0.03), so starting there from pure noise costs almost nothing and every evaluation is used. On images it is the best grid of
+most recipes or near it. diffusers offers it as `timestep_spacing="leading"`; with that setting its classes come within a
+few percent of the same rule here, as they must: the arithmetic is the same.
 
 **Grids for many steps are the wrong ones for few.** `karras`, `exponential`, `beta` and `lambda` put a third or more of
 their times below sigma / alpha = 0.1, where the picture is finished. On the reference pipeline at 5 evaluations they are 3
 to 10 times worse than `leading`, and UniPC or DPM-Solver++ with diffusers' `use_karras_sigmas` are among the last rows.
-`ays_sd` is the best grid of UniPC on the digits' exact denoiser (1.4 to 1.6 times better than the best class of diffusers)
-and poor elsewhere: its table was made for another model. `dmn`, which knows only the noise schedule, is the usual choice of
-multistep rules on the mixture. `gits` with its published setting is not worth its teacher on these small problems.
+`ays_sd` is the best grid of UniPC on the digits' exact denoiser and poor elsewhere: its table was made for another model.
+`dmn`, which knows only the noise schedule, is the usual choice of multistep rules on the mixture. `gits` with its published
+setting is not worth its teacher on these small problems.
 
 **The rule.** With exact denoisers UniPC is first or close to it at nearly every NFE, because its corrector raises the order
 without an evaluation. On the exact denoiser of CIFAR-10 images, whose predictions turn sharply, rules that look inside the
-step (`heun`, `kdpm2`) win at 4 and 6 evaluations on `leading`, and UniPC at 5, 8 and 10. On the reference pipeline the
-simplest multistep rules win (`ipndm:order=2`, then `lms`): a network's error is multiplied by the weights of a high-order
-step, whose signs alternate (`fewstep schedule show ... --plot` draws them).
+step (`heun`, `kdpm2`) win at 4 and 6 evaluations on `leading`, and UniPC at 5, 8 and 10. On the CIFAR-10 network UniPC is
+first again; on the smaller reference network the simplest multistep rules are (`ipndm:order=2`, then `lms`): a network's
+error is multiplied by the weights of a high-order step, whose signs alternate (`fewstep schedule show ... --plot` draws
+them).
 
 **Noise.** At 4 to 6 evaluations SDE solvers are further from the data than good ODE solvers on the same problem; SA-Solver
 is the best of them and comes near at 8 to 10 with exact denoisers.
@@ -99,7 +101,8 @@ def _rows(ledger: Ledger, name: str, measure: str) -> list[tuple[str, list[tuple
             grid = "diffusers" if label in CLASSES else chosen_grid(ledger, name, label, nfe)
             entry = ledger.get(Job(name, "report", label, str(grid), nfe).key, {})
             value = entry.get(measure)
-            shown = f"{entry.get('nfe_used', nfe)} calls" if grid == "diffusers" and entry.get("nfe_used") != nfe else str(grid)
+            used = entry.get("nfe_used", nfe)
+            shown = f"{used} calls" if grid == "diffusers" and used != nfe else str(grid)
             cells.append(None if value is None else (value, entry.get(f"{measure}_se") or 0.0, shown))
         if any(cells):
             rows.append((f"diffusers {label}" if label in CLASSES else f"`{label}`", cells))
