@@ -68,6 +68,10 @@ def score(
             scorer, inputs, batch_size=batch_size, seed=seed, device=device, path=out / "scores.safetensors",
             identity=identity, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(
+            f"{int((~torch.isfinite(scores)).sum())} scores are not finite: use --dtype float32 or a higher --level"
+        )
     order = scores.argsort(descending=True, stable=True)
     top, bottom = order[:sheet].tolist(), order.flip(0)[:sheet].tolist()
     scale = max(1, 48 // max(inputs.size))
@@ -79,7 +83,6 @@ def score(
         "quantiles": {str(q): scores.quantile(q).item() for q in (0.1, 0.5, 0.9, 0.99)} if len(scores) < 2**24 else {},
         "rarest": [{"image": i, "score": scores[i].item()} for i in top[:20]], "out": str(out),
     }  # fmt: skip
-    assert bool(torch.isfinite(scores).all()), "scores that are not finite"
     _write(out / "score.json", record)
     if as_json:
         typer.echo(json.dumps(record))
