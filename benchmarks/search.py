@@ -32,7 +32,7 @@ from search.pipeline_problem import pipeline_problem
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
 SEEDS = (0, 1, 2)
-BUDGETS = (50, 100, 200)
+BUDGETS = (50, 100)
 
 
 def results() -> dict:

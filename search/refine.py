@@ -79,13 +79,14 @@ def refine(
         raise ValueError("refinement needs endpoint objectives, which have a converged reference")
     genes = _Genes(schedule, space, coefficients)
     groups = [{"params": [genes.logs], "lr": rate}, {"params": genes.additions, "lr": rate / 5}]
-    optimiser = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.95))
+    groups = [group for group in groups if group["params"]]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rng = torch.Generator().manual_seed(seed)
     best, start = schedule, validation(schedule)
-    value, history, waited, spent = start, [(0, start)], 0, 0
+    value, history, waited, spent, trust, kept = start, [(0, start)], 0, 0, 1.0, genes.state()
     for step in range(1, steps + 1):
         for group, base in zip(optimiser.param_groups, (rate, rate / 5), strict=False):
-            group["lr"] = base * (1.0 - 0.9 * step / steps)
+            group["lr"] = trust * base * (1.0 - 0.9 * step / steps)
         index = torch.randperm(len(train.x_T), generator=rng)[:batch]
         with torch.enable_grad():
             loss = _loss(genes.symbolic(), train, index)
@@ -103,9 +104,12 @@ def refine(
         if progress is not None:
             progress(step, measured)
         if measured < value:
-            best, value, waited = candidate, measured, 0
+            best, value, waited, kept = candidate, measured, 0, genes.state()
         else:
-            waited += 1
+            # Too far for the few noises at hand: back to the best, with shorter steps.
+            waited, trust = waited + 1, 0.3 * trust
+            genes.restore(kept)
+            optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
             if waited >= patience:
                 break
     return Refined(best, start, value, history, spent)
@@ -135,6 +139,16 @@ class _Genes:
         # The last step to sigma = 0 returns x0-predictions alone: states carry noise there.
         self.frozen = {n - 1} if self.space.final_time == 0.0 else set()
         self.additions = [t for i, t in enumerate(self.states) if i not in self.frozen] + self.answers
+
+    def state(self) -> list[Tensor]:
+        """Copies of all leaves."""
+        return [leaf.detach().clone() for leaf in (self.logs, *self.additions)]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Back to a `state`."""
+        with torch.no_grad():
+            for leaf, value in zip((self.logs, *self.additions), state, strict=True):
+                leaf.copy_(value)
 
     def symbolic(self) -> SolverSchedule:
         """The schedule with tensors in place of numbers."""

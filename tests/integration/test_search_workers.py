@@ -20,7 +20,7 @@ from search.ledger import storage_url
 
 pytestmark = pytest.mark.slow
 
-BUDGET, HEARTBEAT, GRACE = 24, 1, 4
+BUDGET, HEARTBEAT, GRACE = 24, 1, 2
 WORKER = """
 import sys, time, torch
 from samplers import NoiseSchedule
@@ -28,9 +28,12 @@ from search import SearchSpace, run_search
 
 torch.set_num_threads(1)
 
+made = []
+
 def objective(schedule):
+    made.append(schedule)
     print("evaluating", schedule.digest, flush=True)
-    time.sleep(0.25)
+    time.sleep(3600 if {hangs} and len(made) == 3 else 0.25)
     return sum((a - b) ** 2 for a, b in zip(schedule.times, schedule.times[1:])) + len(schedule.steps)
 
 noise = NoiseSchedule.vp_linear()
@@ -79,7 +82,7 @@ def worker(server: str, tmp_path: Path) -> Iterator[Callable[[str], tuple[subpro
     started = []
 
     def start(name: str) -> tuple[subprocess.Popen, Path]:
-        code = textwrap.dedent(WORKER).format(budget=BUDGET, url=server, beat=HEARTBEAT, grace=GRACE)
+        code = textwrap.dedent(WORKER).format(budget=BUDGET, url=server, hangs=name == "victim", beat=HEARTBEAT, grace=GRACE)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         with (tmp_path / name).open("w") as log:
             started.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=log, env=environment))
@@ -95,7 +98,7 @@ def test_killed_workers_lose_nothing(server: str, worker: Callable[[str], tuple[
     victim, log = worker("victim")
     survivor, _ = worker("survivor")
     _wait(lambda: log.read_text().count("evaluating") >= 3, victim, 400)
-    victim.send_signal(signal.SIGKILL)  # in the quarter of a second that an evaluation takes
+    victim.send_signal(signal.SIGKILL)  # in the middle of an evaluation
     victim.wait()
     late, _ = worker("late")
     assert survivor.wait(400) == 0
