@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from ..noise import NoiseSchedule
 from ..phi import phi
-from ..strategy import Evaluation, Noise, StepStrategy
+from ..strategy import Evaluation, Noise, Residual, StepStrategy
 from .grids import TimeGrid, lambda_between
 
 
@@ -66,7 +68,8 @@ def dpmpp_sde(grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0) -> tupl
     r"""DPM-Solver++ SDE (k-diffusion's dpmpp_sde at r = 1/2): noise at the midpoint and at the end, midpoint x0-prediction.
 
     Stochastic, two NFE a step. From the step's start the state goes, with ancestral noise, to the middle in $\lambda$; the
-    prediction there then takes the start to the level below the step's end, and noise back up. The step to sigma = 0, and
+    prediction there then takes the start to the level below the step's end, and noise back up. Both noises are increments of
+    one Brownian path in sigma / alpha, so the second contains the first. The step to sigma = 0, and
     with an even NFE the one before it, is Euler; so is a step from alpha = 0.
 
     Args:
@@ -80,14 +83,16 @@ def dpmpp_sde(grid: TimeGrid, *, eta: float = 1.0, s_noise: float = 1.0) -> tupl
     if not eta:
         raise ValueError("dpmpp_sde: eta must be in (0, 1]; without noise it is kdpm2:pred=x0")
     _check_eta("dpmpp_sde", eta)
-    euler, back = StepStrategy(order=1), _back(s_noise)
+    euler = StepStrategy(order=1)
     steps: list[StepStrategy] = []
     while (i := len(steps)) < grid.n:
         if i + 1 == grid.n or grid.falls(i + 1):
             steps.append(euler)
         else:  # start, below the middle, middle, below the end, end
-            whole = StepStrategy(order=2, start=-3, relax=(_all_on_middle(grid, i),))
-            steps += [euler, back, whole, back]
+            shared, again = _shared_noise(grid, i)
+            delta = Residual(x=(*[0.0] * (i + 1), *again))
+            whole = StepStrategy(order=2, start=-3, relax=(_all_on_middle(grid, i),), delta=delta)
+            steps += [euler, _back(s_noise), whole, _back(s_noise * (1 - shared**2) ** 0.5)]
     return tuple(steps)
 
 
@@ -107,6 +112,26 @@ def _all_on_middle(grid: TimeGrid, i: int) -> float:
     start, middle, end = (grid.noise.lam(grid.times[j]).item() for j in (i, i + 2, i + 3))
     h = end - start
     return (float(phi(1, -h) / phi(2, -h)) * (middle - start) / h - 1.0) / h
+
+
+def _shared_noise(grid: TimeGrid, i: int) -> tuple[float, tuple[float, float]]:
+    """How the step's two noises are correlated, and what carries the first one over.
+
+    The increments from the start to the middle and from the start to the end overlap. The first is what the middle's state has
+    more than the level below it, so the second's share of it is a weight on these two states.
+    """
+    below, middle, under, end = (grid.noise.alpha_sigma(grid.times[j]) for j in range(i + 1, i + 5))
+    start, at, to = (grid.noise.lam(grid.times[j]).neg().exp().item() for j in (i, i + 2, i + 4))
+    shared = ((start - at) / (start - to)) ** 0.5
+    (up, first), (back, second) = _noise_up(below, middle), _noise_up(under, end)
+    weight = shared * second / (back * first)
+    return shared, (-up * weight, weight)
+
+
+def _noise_up(low: tuple[Tensor, Tensor], high: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """What the forward process from one time to a noisier one multiplies the state and the noise by."""
+    ratio = (high[0] / low[0]).item()
+    return ratio, (high[1].item() ** 2 - (ratio * low[1].item()) ** 2) ** 0.5
 
 
 def _doubled(noise: NoiseSchedule, times: tuple[float, ...], nfe: int, i: int) -> bool:

@@ -1,8 +1,4 @@
-"""In-tree classes that draw from a Brownian tree (torchsde): the same rule with the same draws, the same law with their own.
-
-DPMSolverSDE is compared with equal draws alone. Its two draws of a step are increments of one path over intervals that overlap,
-hence correlated, while ours are independent: the rule is the same, and the law of its results is not.
-"""
+"""In-tree classes that draw from a Brownian tree (torchsde): the same rule with the same draws, the same law with their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +15,21 @@ from samplers.schedulers import SolverScheduler
 
 
 class GlobalDraws:
-    """In place of the Brownian tree: draws of the global generator, as ours when the pipeline passes none."""
+    """In place of the Brownian tree: draws of the global generator, as ours when the pipeline passes none.
+
+    Two increments from one start overlap: the second, to ``sigma_next``, contains the first.
+    """
 
     def __init__(self, x: Tensor, *bounds: float, **options: Any) -> None:
-        self.x = x
+        self.x, self.start, self.end, self.draw = x, float("nan"), 0.0, x
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        return torch.randn_like(self.x)
+        start, end, draw = float(sigma), float(sigma_next), torch.randn_like(self.x)
+        if start == self.start:
+            shared = ((start - self.end) / (start - end)) ** 0.5
+            draw = shared * self.draw + (1 - shared**2) ** 0.5 * draw
+        self.start, self.end, self.draw = start, end, draw
+        return draw
 
 
 @pytest.fixture
