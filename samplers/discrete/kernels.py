@@ -11,7 +11,10 @@ from torch import Tensor
 
 def sharpen(probs: Tensor, exponent: float | Tensor) -> Tensor:
     """Rows proportional to ``probs ** exponent``; zeros stay zeros. The exponent is an inverse temperature."""
-    positive = probs > 0
+    if not torch.is_tensor(exponent):
+        powers = (probs / probs.amax(-1, keepdim=True)).pow(exponent)
+        return powers / powers.sum(-1, keepdim=True)
+    positive = probs > 0  # gradients in the exponent and in the rows, also beside exact zeros
     logs = torch.where(positive, probs, 1.0).log()
     top = logs.masked_fill(~positive, -torch.inf).amax(-1, keepdim=True)
     powers = torch.where(positive, (exponent * (logs - top)).exp(), 0.0)
