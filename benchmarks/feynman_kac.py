@@ -1,7 +1,7 @@
 """Feynman-Kac correctors measured: annealed mixtures with known answers, guided digits, and what the corrector costs.
 
     python benchmarks/feynman_kac.py                     everything, about half an hour of one core, into docs/feynman_kac.md
-    python benchmarks/feynman_kac.py --only gmm40        one section: gmm40, lj13, dimension, digits, cost
+    python benchmarks/feynman_kac.py --only gmm40        one section: gmm40, lj13, steps, dimension, digits, cost
     python benchmarks/feynman_kac.py --render            only write the page from the numbers at hand
 
 Numbers are kept in benchmarks/results/feynman_kac.json, one entry per run; a run that is there is not repeated, so an
@@ -166,6 +166,38 @@ def dimension() -> Iterator[tuple[str, Callable[[], Row]]]:
             yield f"dimension/{name}/{d}/0", run
 
 
+def steps() -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Total variation of guidance 3 in one dimension against the number of steps, on two grids."""
+    schedule = NoiseSchedule.vp_linear()
+    first, second = _trio()
+    edges = torch.linspace(-6, 6, 61, dtype=torch.float64)
+
+    def histogram(x: Tensor, w: Tensor) -> Tensor:
+        place = (torch.bucketize(x, edges) - 1).clamp(0, 59)
+        return torch.zeros(60, dtype=torch.float64).scatter_add(0, place, w)
+
+    fine = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(1e-3)
+    log_p = 3.0 * second.log_prob(fine[:, None], alpha, sigma) - 2.0 * first.log_prob(fine[:, None], alpha, sigma)
+    truth = histogram(fine, log_p.softmax(0))
+    for seed in range(3):
+        for count in (10, 30, 100):
+            lam = torch.linspace(float(schedule.lam(1.0)), float(schedule.lam(1e-3)), count + 1, dtype=torch.float64)
+            grids = {"log SNR": schedule.t_of_lam(lam), "time": torch.linspace(1.0, 1e-3, count + 1, dtype=torch.float64)}
+            for name, times in grids.items():
+
+                def run(times: Tensor = times, seed: int = seed) -> Row:
+                    models = {"uncond": first.denoiser(schedule), "cond": second.denoiser(schedule)}
+                    row = {}
+                    for variant in ("none", "FKC"):
+                        fk = FeynmanKac(Target.cfg(3.0), **VARIANTS[variant])
+                        cloud = fk.sample(models, schedule, times, particles=4000, shape=(1,), generator=gen(seed))
+                        row[variant] = float(0.5 * (histogram(cloud.x[:, 0].double(), cloud.w) - truth).abs().sum())
+                    return row
+
+                yield f"steps/{name}/{count}/{seed}", run
+
+
 def _trio() -> tuple[GaussianMixture, GaussianMixture]:
     u = GaussianMixture(
         torch.tensor([[-2.0], [0.0], [2.0]]), torch.tensor([0.4, 0.5, 0.4]).sqrt(), torch.tensor([0.4, 0.35, 0.25])
@@ -286,7 +318,7 @@ def cost() -> Iterator[tuple[str, Callable[[], Row]]]:
     yield "cost/sd-quarter/8/0", run
 
 
-SECTIONS = {"gmm40": gmm40, "lj13": lj13, "dimension": dimension, "digits": digits, "cost": cost}
+SECTIONS = {"gmm40": gmm40, "lj13": lj13, "steps": steps, "dimension": dimension, "digits": digits, "cost": cost}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ def render(done: Mapping[str, Row], page: Path) -> None:
     tables = {
         "gmm40": _variants(done, "gmm40", ("w1", "w2", "mmd", "tv", "dlogz", "roots")),
         "lj13": _variants(done, "lj13", ("w2", "e1", "e2", "tv", "dlogz", "roots")),
+        "steps": _steps(done),
         "dimension": _dimension(done),
         "digits": _digits(done, "digits"),
         "one per group": _digits(done, "one per group"),
@@ -70,6 +71,11 @@ def _dimension(done: Mapping[str, Row]) -> list[str]:
         cells = [found.get((target, str(d)), [None])[0] for d in sizes]
         rows.append([target, *("" if c is None else cell.format(c["ess"], c["roots"], c["worst_step"]) for c in cells)])
     return _table(("target", *(f"d = {d}" for d in sizes)), rows) if rows else []
+
+
+def _steps(done: Mapping[str, Row]) -> list[str]:
+    rows = [[grid, n, *(_number(r, v) for v in ("none", "FKC"))] for (grid, n), r in _collect(done, "steps").items()]
+    return _table(("grid uniform in", "steps", "none", "FKC"), rows) if rows else []
 
 
 def _digits(done: Mapping[str, Row], section: str) -> list[str]:

@@ -109,10 +109,10 @@ def test_rewards_tilt_the_law(form: str) -> None:
     scale = 1.0
     truth = exact(target, lambda x: scale * x)
     tilted = target.with_reward(lambda x: x[:, 0], scale, **how)
-    tv, off, _ = errors(sample(tilted, steps=60, particles=3000), truth)
+    tv, off, _ = errors(sample(tilted, steps=60, particles=1500), truth)
     assert abs(off) < 0.15
     assert tv < 0.13
-    untilted = errors(sample(target, steps=60, particles=3000), truth)
+    untilted = errors(sample(target, steps=60, particles=1500), truth)
     assert untilted[0] > 0.2
 
 

@@ -18,6 +18,7 @@ def fewstep(*arguments: str) -> Any:
     return CliRunner().invoke(command_line.app, ["sample", *arguments])
 
 
+@pytest.mark.slow
 def test_corrected_images_with_their_weights(tmp_path: Path) -> None:
     shared = ("--sampler", "euler_ancestral", "--nfe", "6", "--target", "cfg:2.0", "--particles", "4")
     result = fewstep(*shared, "--num", "3", "--class-labels", "3,5", "--out", str(tmp_path / "a"), "--json")

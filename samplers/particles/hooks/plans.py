@@ -12,7 +12,7 @@ from ... import NoiseSchedule
 from ...schedulers import SolverScheduler
 from ..path import Level
 
-ADVICE = 'use one that does, as in `with samplers.schedulers.swap(pipe, "dpmpp_sde"): ...`'
+ADVICE = 'use one that does, as in `with samplers.schedulers.swap(pipe, "euler_ancestral"): ...`'
 EXACT = ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler")
 
 
@@ -128,7 +128,7 @@ def _of_solver(scheduler: SolverScheduler, *, exact: bool, resamples: bool) -> P
     if resamples and len(noisy) > 1 and not any(noisy):
         raise ValueError(
             "this solver schedule is an ODE: copies made by resampling would never separate; choose a stochastic one, such as "
-            '"dpmpp_sde" or "ddim:eta=1", or set resample_window=(0, 0)'
+            '"euler_ancestral" or "ddim:eta=1", or set resample_window=(0, 0)'
         )
     steps = [step for step in schedule.steps if step.eval.source == "model"]
     reverse = all(step.noise is not None and step.noise.amount == 1.0 and step.noise.kind != "fresh" for step in steps)
