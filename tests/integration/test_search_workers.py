@@ -96,8 +96,9 @@ def worker(server: str, tmp_path: Path) -> Iterator[Callable[[str], tuple[subpro
 
 def test_killed_workers_lose_nothing(server: str, worker: Callable[[str], tuple[subprocess.Popen, Path]]) -> None:
     victim, log = worker("victim")
-    survivor, _ = worker("survivor")
     _wait(lambda: log.read_text().count("evaluating") >= 3, victim, 400)
+    survivor, other = worker("survivor")
+    _wait(lambda: "evaluating" in other.read_text(), survivor, 400)
     victim.send_signal(signal.SIGKILL)  # in the middle of an evaluation
     victim.wait()
     late, _ = worker("late")
