@@ -12,7 +12,6 @@ from torch import Tensor
 
 from samplers import NoiseSchedule
 from samplers.denoisers import EmpiricalDataset, GaussianMixture, from_network
-from samplers.recipes import GRIDS
 from samplers.reference import digit_images, load, load_folder
 
 CONFIG = {
@@ -42,7 +41,6 @@ class Problem:
         report: other noises, on which the choice is reported.
         converged: steps of the reference solution.
         dtype: of the arithmetic.
-        grids: the time grids that are tried; fewer where a run is expensive.
     """
 
     name: str
@@ -55,10 +53,6 @@ class Problem:
     report: int
     converged: int
     dtype: torch.dtype = torch.float32
-    grids: tuple[str, ...] = (*GRIDS, "gits")
-
-
-FEWER_GRIDS = ("linspace", "leading", "lambda", "karras", "dmn", "ays_sd", "gits")
 
 
 def mixture() -> Problem:
@@ -99,7 +93,6 @@ def empirical_cifar(file: Path) -> Problem:
         32,
         128,
         200,
-        grids=FEWER_GRIDS,
     )
 
 
@@ -118,7 +111,6 @@ def reference_digits() -> Problem:
         16,
         32,
         80,
-        grids=FEWER_GRIDS,
     )
 
 
@@ -131,9 +123,7 @@ def network_cifar(file: Path) -> Problem:
 
     about = "The 16-pixel CIFAR-10 benchmark model, class-conditional without guidance, compared with the test images."
     real = _images(file, "test")[:4096]
-    return Problem(
-        "network-cifar16", "CIFAR-10 model at 16x16", about, denoiser, (3, 16, 16), real, 2, 6, 40, grids=FEWER_GRIDS
-    )
+    return Problem("network-cifar16", "CIFAR-10 model at 16x16", about, denoiser, (3, 16, 16), real, 4, 16, 40)
 
 
 def _images(file: Path, split: str) -> Tensor:

@@ -217,11 +217,11 @@ def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def screen_jobs(name: str, grids: tuple[str, ...]) -> Iterator[Job]:
+def screen_jobs(name: str) -> Iterator[Job]:
     """Everything, on the noises that choose."""
     for nfe in NFES:
         for text in RECIPES:
-            for grid in grids:
+            for grid in GRID_NAMES:
                 yield Job(name, "screen", text, grid, nfe)
 
 
@@ -288,7 +288,7 @@ def run(data: Path | None, path: Path, only: list[str]) -> None:
         if only and name not in only:
             continue
         bench = Bench(build())
-        settle(bench, list(screen_jobs(name, bench.problem.grids)), ledger, path, "screen")
+        settle(bench, list(screen_jobs(name)), ledger, path, "screen")
         settle(bench, list(report_jobs(name, ledger)), ledger, path, "report")
         floor = Job(name, "report", "converged", "-", bench.problem.converged)
         if floor.key not in ledger:

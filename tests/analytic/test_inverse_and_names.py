@@ -55,7 +55,7 @@ def _also(text: str, option: str) -> str:
 
 def test_every_recipe_is_in_one_of_the_lists() -> None:
     named = {parse_recipe(text).recipe.name for text in (*DETERMINISTIC, *STOCHASTIC)}
-    assert named == set(RECIPES)
+    assert named == {name for name, recipe in RECIPES.items() if not recipe.needs_statistics}
 
 
 @pytest.mark.parametrize("kind", ["vp", "edm", "flow"])
@@ -160,7 +160,7 @@ def test_grids_are_valid_for_every_number_of_points(name: str, noise: NoiseSched
         with pytest.raises(ValueError, match=f"grid {name}"):
             recipe(f"ddim:grid={name},final=sigma_min", noise, 40)
         return
-    for n in range(1, 41):
+    for n in (1, 2, 3, 7, 20) if name == "dmn" else range(1, 41):  # an optimisation each
         points = GRIDS[name](noise, n).tolist()
         assert len(points) == n
         assert points[0] == noise.t_max or name == "leading"

@@ -24,6 +24,7 @@ def _output(kind: str, x0: Tensor, eps: Tensor, alpha: float, sigma: float) -> T
         "sample": x0,
         "v_prediction": alpha * eps - sigma * x0,
         "flow_prediction": eps - x0,
+        "reversed_flow_prediction": x0 - eps,
     }[kind]
 
 

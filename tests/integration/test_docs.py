@@ -71,9 +71,11 @@ def test_the_code_in_the_readme_runs() -> None:
 
 def test_the_commands_in_the_readme_exist() -> None:
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines() if line.startswith("fewstep")]
-    assert {command[1] for command in commands} == {"demo", "sample", "schedule", "doctor"}
+    assert {command[1] for command in commands} == {
+        *("demo", "sample", "schedule", "doctor", "fid", "search", "distill", "minority"),
+    }
     for command in commands:
-        words = command[1 : 3 if command[1] == "schedule" else 2]
+        words = command[1 : 2 if command[1] in ("demo", "sample", "doctor") else 3]
         done = CliRunner().invoke(fewstep.app, [*words, "--help"], env={"COLUMNS": "200"})
         assert done.exit_code == 0, command
         missing = [word for word in command if word.startswith("--") and word not in done.output]
@@ -87,13 +89,17 @@ def test_links_lead_somewhere(path: Path) -> None:
         if target.startswith("#"):
             assert re.search(rf"^#+ {re.escape(target[1:])}$", text, re.MULTILINE), target
         elif not target.startswith("https://"):
-            assert (path.parent / target).exists(), target
+            file, _, section = target.partition("#")
+            assert (path.parent / file).exists(), target
+            assert not section or re.search(rf"^#+ {re.escape(section)}$", (path.parent / file).read_text(), re.MULTILINE), (
+                target
+            )
 
 
 def test_the_readme_has_the_numbers_of_the_demo() -> None:
     rows = {(row["sampler"], row["nfe"]): row["rmse"] for row in DEMO["results"]}
     for sampler in dict.fromkeys(sampler for sampler, _ in rows):
-        cells = " | ".join(f"{rows[sampler, nfe]:.4f}" for nfe in CONFIG["nfe"])
+        cells = " | ".join(f"{rows[sampler, nfe]:.4f}" if (sampler, nfe) in rows else "-" for nfe in CONFIG["nfe"])
         assert f"| {sampler} | {cells} |" in README
     assert {key: DEMO[key] for key in ("model", "guidance", "images")} == {
         key: CONFIG[key] for key in ("model", "guidance", "images")

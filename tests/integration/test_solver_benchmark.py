@@ -26,16 +26,14 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     def tiny() -> object:
         g = torch.Generator().manual_seed(0)
         law = GaussianMixture(torch.randn(3, 4, generator=g), torch.tensor([0.3, 0.2, 0.4]))
-        grids = ("linspace", "karras", "gits")
         denoiser = law.denoiser(solver_problems.NOISE)
         real = law.sample(64, g)
-        return solver_problems.Problem(
-            "mixture-64d", "Tiny mixture", "Three.", denoiser, (4,), real, 8, 16, 60, torch.float64, grids
-        )
+        return solver_problems.Problem("mixture-64d", "Tiny mixture", "Three.", denoiser, (4,), real, 8, 16, 60, torch.float64)
 
     monkeypatch.setattr(solvers, "problems", lambda file: {"mixture-64d": tiny})
     for module in (solvers, solver_report):
         monkeypatch.setattr(module, "NFES", (4, 5, 8))
+        monkeypatch.setattr(module, "GRID_NAMES", ("linspace", "karras", "gits"))
         monkeypatch.setattr(module, "RECIPES", ("ddim", "heun", "unipc:order=3", "ddpm"))
         monkeypatch.setattr(module, "CLASSES", {name: solvers.CLASSES[name] for name in ("DDIM", "Heun", "DDPM")})
     monkeypatch.setattr(solver_report, "PAGE", tmp_path / "page.md")
@@ -91,7 +89,7 @@ def test_numbers_are_what_they_say(bench: ModuleType, tmp_path: Path) -> None:
     assert ledger["mixture-64d|report|Heun|diffusers|8"]["nfe_used"] == 7  # never more than were asked for
     assert not torch.equal(own.noises("screen")[:8], own.noises("report")[:8])
     chosen = bench.chosen_grid(ledger, "mixture-64d", "unipc:order=3", 5)
-    values = {g: ledger[f"mixture-64d|screen|unipc:order=3|{g}|5"]["rmse"] for g in own.problem.grids}
+    values = {g: ledger[f"mixture-64d|screen|unipc:order=3|{g}|5"]["rmse"] for g in bench.GRID_NAMES}
     assert chosen == min(values, key=values.__getitem__)
 
 
