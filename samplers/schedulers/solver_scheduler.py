@@ -333,8 +333,11 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         state = engine.x if first else _wide(sample)
         model = self.model_config
         x0 = to_x0(_wide(model_output), state, *engine.levels, model.prediction_type, model.sigma_data)
-        engine.tell(x0, state, partial(self._draw, generator=generator))
-        prev_sample = engine.x.to(model_output.dtype)
+        if self._idle:
+            self._idle, self._begun_at, prev_sample = self._idle - 1, self._begun_at + 1, sample
+        else:
+            engine.tell(x0, state, partial(self._draw, generator=generator))
+            prev_sample = engine.x.to(model_output.dtype)
         if not return_dict:
             return prev_sample, x0
         return SolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
@@ -379,10 +382,12 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
             clip = clip_from_config(self.config, self.source.recipe.honours if isinstance(self.source, RecipeText) else ())
         self._engine = Engine(tableau, _wide(sample), clip)
         self._begun_at = index
+        # Begun where a step is looked at a second time, that step lies in the past: its evaluation is made and not used.
+        self._idle = len(self.tableau.stages) - index - len(tableau.stages)
 
     def _reset(self) -> None:
         self._engine: Engine | None = None
-        self._begun_at = 0
+        self._begun_at = self._idle = 0
         self._begin_index: int | None = None
         self._ddim_arguments: tuple[float, bool] = (0.0, False)
         self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it

@@ -223,3 +223,23 @@ def test_noisy_midpoint_rules_reach_the_data(text: str, generator: Callable[...,
         error = (got**moment).mean() - (exact**moment).mean()
         spread = ((got**moment).var() + (exact**moment).var()).sqrt() / 20000**0.5
         assert error.abs() < 4 * spread + 0.02
+
+
+# ---- late entry --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["heun", "pndm", "kdpm2", "dpmpp_2s", "restart", "dpmpp_sde", "tcd", "unipc:order=3"])
+@pytest.mark.parametrize("nfe", [5, 6])
+def test_entry_anywhere_takes_the_steps_that_are_left(text: str, nfe: int, x: Tensor, tools: Any) -> None:
+    """Also where a pipeline enters at the first of two looks at a time, which make one step."""
+    for begin in range(nfe):
+        scheduler = SolverScheduler.from_config(DDPMScheduler(clip_sample=False).config, schedule=text)
+        scheduler.set_timesteps(nfe)
+        scheduler.set_begin_index(begin)
+        state = x
+        for i, t in enumerate(scheduler.timesteps[begin:], start=1):
+            state = scheduler.step(tools.timeless(state, t), t, state, return_dict=False)[0]
+            assert scheduler.step_index == begin + i
+        assert state.isfinite().all()
+        with pytest.raises(RuntimeError, match="steps are done"):
+            scheduler.step(state, scheduler.timesteps[-1], state)
