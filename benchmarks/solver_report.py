@@ -26,31 +26,37 @@ standard error over noises. Distance is the sliced Wasserstein-2 distance to rea
 with a bootstrap standard error; "converged" is what the exact solution of the probability-flow equation reaches, so it is the
 floor for these noise counts. Both measure faithfulness to the model, not perceived quality, and no number here is a FID. All
 problems use the linear beta schedule of 1000 steps. `gits` is computed per model from 32 trajectories of a 60-step teacher
-(1920 network evaluations, not counted in NFE).
+(1920 network evaluations, not counted in NFE). Four recipes are left out: `euler`, the same step as `ddim`; `lcm` and `tcd`,
+for distilled checkpoints; `dpm_v3`, which needs statistics of the model and has a [page](statistics.md) of its own.
 """
 
 
 WHY = """## What wins where, and why
 
-**The grid decides more than the rule.** Within one recipe a wrong grid costs up to a factor of 10 (section Grids); at 4 to
-6 evaluations the ten best recipes, each on its best grid, lie within a factor of 1.1 to 1.6 of one another. Most of the gap
-to diffusers' classes in the next table is the grid: their default spacing spends its first evaluations where alpha is close
-to 0 and the prediction hardly changes. `leading` starts a little below the noisiest time (t = 0.83 at NFE 5, where alpha is
-0.03), so starting there from pure noise costs almost nothing and every evaluation is used. On images it is the best grid of
-most recipes or near it. diffusers offers it as `timestep_spacing="leading"`; with that setting its classes come within a
-few percent of the same rule here, as they must: the arithmetic is the same.
+**The grid decides more than the rule.** Within one recipe a wrong grid costs up to a factor of 10 (section Grids); at 4 and
+5 evaluations the ten best recipes, each on its best grid, lie within a factor of 1.1 to 1.6 of one another (1.3 to 2.5 at
+10). Most of the gap to diffusers' classes in the next table is the grid: their default spacing spends its first evaluations
+where alpha is close to 0 and the prediction hardly changes. `leading` starts a little below the noisiest time (t = 0.83 at
+NFE 5, where alpha is 0.03), so starting there from pure noise costs almost nothing and every evaluation is used. Averaged
+over recipes it is the best grid everywhere. diffusers offers it as `timestep_spacing="leading"`; with that setting its
+classes come within a few percent of the same rule here, as they must: the arithmetic is the same.
 
 **Grids for many steps are the wrong ones for few.** `karras`, `exponential`, `beta` and `lambda` put a third or more of
 their times below sigma / alpha = 0.1, where the picture is finished. On the reference pipeline at 5 evaluations they are 3
-to 10 times worse than `leading`, and UniPC or DPM-Solver++ with diffusers' `use_karras_sigmas` are among the last rows.
+to 8 times worse than `leading`, and UniPC or DPM-Solver++ with diffusers' `use_karras_sigmas` are among the last rows.
 `ays_sd` is the best grid of UniPC on the digits' exact denoiser and poor elsewhere: its table was made for another model.
 `dmn`, which knows only the noise schedule, is the usual choice of multistep rules on the mixture. `gits` with its published
 setting is not worth its teacher on these small problems.
 
+**From 6 evaluations on, one pair of rule and grid leaves the rest behind on the networks.** UniPC of order 2 on `quadratic`
+(reference pipeline) and on `ays_svd` and `lambda` (CIFAR-10 network), which are poor grids for most recipes, has about half
+the error of diffusers' best class at 8 and 10 evaluations, and at 8 it is closer to the model's solution than that class is
+at 10. No table of recipes suggests these pairs; that is the case for [searching](search.md).
+
 **The rule.** With exact denoisers UniPC is first or close to it at nearly every NFE, because its corrector raises the order
 without an evaluation. On the exact denoiser of CIFAR-10 images, whose predictions turn sharply, rules that look inside the
-step (`heun`, `kdpm2`) win at 4 and 6 evaluations on `leading`, and UniPC at 5, 8 and 10. On the CIFAR-10 network UniPC is
-first again; on the smaller reference network the simplest multistep rules are (`ipndm:order=2`, then `lms`): a network's
+step (`heun`, `kdpm2`) win at 4 and 6 evaluations on `leading`, and UniPC at 5, 8 and 10. On both networks the simplest
+multistep rule, `ipndm:order=2`, is first at 4 and 5 evaluations, and the first place is of order 2 throughout: a network's
 error is multiplied by the weights of a high-order step, whose signs alternate (`fewstep schedule show ... --plot` draws
 them).
 

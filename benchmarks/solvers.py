@@ -47,16 +47,20 @@ RECIPES = (
     "deis:order=3,axis=t",
     "ipndm:order=2",
     "ipndm:order=4",
+    "pndm",
     "lms:order=4",
     "heun",
     "kdpm2",
+    "kdpm2:pred=x0",
     "ddpm",
     "euler_ancestral",
     "sa_solver",
     "dpmpp:order=2,tau=1",
+    "dpmpp_sde",
     "restart",
 )
-STOCHASTIC = ("ddpm", "euler_ancestral", "sa_solver", "dpmpp:order=2,tau=1", "restart")  # no converged solution to compare with
+# No converged solution to compare with.
+STOCHASTIC = ("ddpm", "euler_ancestral", "sa_solver", "dpmpp:order=2,tau=1", "dpmpp_sde", "restart")
 GRID_NAMES = (*GRIDS, "gits")
 _KARRAS = {"use_karras_sigmas": True}
 _LEADING = {"timestep_spacing": "leading"}

@@ -41,6 +41,10 @@ class Node:
     raw: Terms | None = None
 
 
+def _log_ratio(alpha: float, sigma: float) -> float:
+    return math.inf if sigma == 0 else max(math.log(alpha / sigma), LOG_SNR_FLOOR) if alpha > 0 else LOG_SNR_FLOOR
+
+
 class Compiler:
     """Walks the steps once, keeping for every node the expression of its state and prediction."""
 
@@ -51,10 +55,13 @@ class Compiler:
         self.nodes = []
         for t in schedule.times:
             # One time at a time: elementwise kernels may round a batch differently from the single value a denoiser asks for.
-            alpha, sigma = noise.alpha_sigma(as_float64(t))
-            lam = (torch.log(alpha) - torch.log(sigma)).clamp(min=LOG_SNR_FLOOR)
-            levels = (as_float64(t), alpha, sigma, lam)
-            self.nodes.append(Node(*(levels if symbolic else (value.item() for value in levels))))
+            alpha, sigma = noise.alpha_sigma(t)
+            if symbolic:
+                lam = (torch.log(alpha) - torch.log(sigma)).clamp(min=LOG_SNR_FLOOR)
+                self.nodes.append(Node(as_float64(t), alpha, sigma, lam))
+            else:
+                levels = alpha.item(), sigma.item()
+                self.nodes.append(Node(float(t), *levels, _log_ratio(*levels)))
         self.raw_needed = {i for i, step in enumerate(schedule.steps) if step.keep_eps}
 
     def run(self) -> tuple[tuple[Row, ...], tuple[Stage, ...]]:
