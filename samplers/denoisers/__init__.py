@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from .exact import EmpiricalDataset, GaussianMixture
-from .network import from_epsilon, from_network
+from .network import from_epsilon, from_network, network_of
 
 if TYPE_CHECKING:
     from .pipeline import from_pipeline
 
-__all__ = ["EmpiricalDataset", "GaussianMixture", "from_epsilon", "from_network", "from_pipeline"]
+__all__ = ["EmpiricalDataset", "GaussianMixture", "from_epsilon", "from_network", "from_pipeline", "network_of"]
 
 
 def __getattr__(name: str) -> Any:

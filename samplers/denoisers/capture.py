@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config_reader import read_config
 from ..schedulers import swap
 from ..strategy import SolverSchedule, StepStrategy
+from .network import network_of
 
 STATE_NAMES = ("hidden_states", "sample")
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb")  # positions: the same for every row, whatever their first length
@@ -69,19 +70,6 @@ class WatchedStep:
 
 class _StepSeen(Exception):
     """Leaves the pipeline once its first step has been watched."""
-
-
-def network_of(pipe: Any) -> torch.nn.Module:
-    """The pipeline's ``unet`` or ``transformer``.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to make a denoiser of")
 
 
 def watch_step(pipe: Any, call_kwargs: Mapping[str, Any]) -> WatchedStep:

@@ -66,3 +66,16 @@ def _levels(noise_schedule: NoiseSchedule, t: Tensor) -> tuple[float | Tensor, f
     """alpha and sigma as floats, or as tensors while gradients with respect to t are wanted."""
     alpha, sigma = noise_schedule.alpha_sigma(t)
     return (alpha, sigma) if t.requires_grad else (alpha.item(), sigma.item())
+
+
+def network_of(pipe: Any) -> torch.nn.Module:
+    """The network that a pipeline evaluates every step: its ``unet`` or ``transformer``.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            return module
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")

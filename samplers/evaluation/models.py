@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from .. import reference
+from ..denoisers import network_of
 from ..schedulers import swap
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,19 +66,6 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: str = "float32", of
 def _quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def denoiser_module(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The network that is evaluated every step: the pipeline's ``unet`` or ``transformer``.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
 
 
 @contextmanager
@@ -138,7 +126,7 @@ def count_calls(pipe: DiffusionPipeline) -> Iterator[CallCount]:
         if torch.is_tensor(state):
             count.largest_batch = max(count.largest_batch, len(state))
 
-    handle = denoiser_module(pipe).register_forward_pre_hook(before, with_kwargs=True)
+    handle = network_of(pipe).register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield count
     finally:
@@ -171,7 +159,7 @@ class Conditioning:
         ):
             if value and key not in accepted:
                 raise ValueError(f"{option} does not apply: {name} takes no {key}")
-        classes = getattr(denoiser_module(pipe).config, "num_class_embeds", None)
+        classes = getattr(network_of(pipe).config, "num_class_embeds", None)
         wrong = sorted({label for label in self.class_labels if classes is not None and not 0 <= label < classes})
         if wrong:
             raise ValueError(f"--class-labels {wrong} are outside 0..{classes - 1} of this model")

@@ -16,24 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config_reader import read_config
+from ..denoisers import network_of
 from ..parametrization import to_x0, x0_coefficients
 from .clock import Clock
 from .shifts import finite_rows
 
 _STATE_NAMES = ("sample", "hidden_states")
-
-
-def network_of(pipe: Any) -> torch.nn.Module:
-    """The pipeline's ``unet`` or ``transformer``.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to guide")
 
 
 @dataclass

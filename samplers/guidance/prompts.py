@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..denoisers import network_of
 from ..parametrization import to_x0
-from .hooks import GuidanceRun, NetworkCall, guided_network, network_of
+from .hooks import GuidanceRun, NetworkCall, guided_network
 from .levels import time_of_alpha_bar
 from .shifts import Window
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config_reader import read_config
-from .hooks import NetworkCall, network_of
+from ..denoisers import network_of
+from .hooks import NetworkCall
 from .levels import time_of_alpha_bar
 
 _SMALLEST = 1e-12

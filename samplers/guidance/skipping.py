@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..config_reader import read_config
+from ..denoisers import network_of
 from ..noise import NoiseSchedule
 from ..tableau import Tableau
 from .boosting import boost_gain, level_of_gain, model_top_variance
-from .hooks import NetworkInputs, network_of, patched_forward
+from .hooks import NetworkInputs, patched_forward
 from .levels import alpha_bar
 
 # In-tree schedulers that draw noise in every step; those in the second list only with an "sde" algorithm.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import DiffusionPipeline, denoiser_module
+from ..models import DiffusionPipeline, network_of
 
 
 @dataclass
@@ -51,7 +51,7 @@ def record_calls(pipe: DiffusionPipeline) -> Iterator[Calls]:
         if time is not None:
             record.times.append(torch.as_tensor(time))
 
-    handle = denoiser_module(pipe).register_forward_pre_hook(before, with_kwargs=True)
+    handle = network_of(pipe).register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield record
     finally:

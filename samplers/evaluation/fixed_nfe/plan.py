@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...schedulers import SolverScheduler
-from ..models import Conditioning, DiffusionPipeline, SchedulerMixin, denoiser_module, use_sampler
+from ..models import Conditioning, DiffusionPipeline, SchedulerMixin, network_of, use_sampler
 
 FORMAT = 1
 SHARD = 500
@@ -29,7 +29,7 @@ class Model:
     def __post_init__(self) -> None:
         """Hash the denoiser."""
         if not self.weights:
-            object.__setattr__(self, "weights", weights_hash(denoiser_module(self.pipe)))
+            object.__setattr__(self, "weights", weights_hash(network_of(self.pipe)))
 
 
 @dataclass(frozen=True)
