@@ -1,6 +1,6 @@
 """Discrete diffusion: processes, exact models, transitions, and samplers as data (`DiscreteTable`)."""
 
-from .adapters import from_log_score, from_logits, to_log_score
+from .adapters import LogitsModel, from_log_score, from_logits, to_log_score
 from .chains import MarkovModel
 from .exact import exact_law, push_table
 from .grids import time_grid
@@ -27,6 +27,7 @@ __all__ = [
     "CATALOGUE",
     "DiscreteRun",
     "DiscreteTable",
+    "LogitsModel",
     "MarkovModel",
     "MaskedProcess",
     "Model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,9 +29,33 @@ def _check_time(time: str) -> None:
         raise ValueError(f"unknown time input {time!r}; known: {', '.join(TIMES)}")
 
 
+@dataclass(frozen=True)
+class LogitsModel:
+    """A network of x0-logits as a model; `from_logits` checks and builds it."""
+
+    network: Callable[..., Tensor]
+    process: Process
+    time: str
+    time_dtype: torch.dtype
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The posterior (B, L, V)."""
+        return self.tempered(x, t, 1.0)
+
+    def tempered(self, x: Tensor, t: Tensor, exponent: float | Tensor) -> Tensor:
+        """The posterior to the power of ``exponent``, normalised: the exponent multiplies the logits."""
+        logits = self.network(x, *_argument(self.process, self.time, x, t, self.time_dtype))
+        _check_columns(logits, self.process.vocab)
+        logits = logits[..., : self.process.vocab]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if torch.is_tensor(exponent) or exponent != 1.0:
+            logits = exponent * logits
+        return self.process.settle(logits.softmax(-1), x)
+
+
 def from_logits(
     network: Callable[..., Tensor], process: Process, *, time: str = "none", time_dtype: torch.dtype = torch.float32
-) -> Model:
+) -> LogitsModel:
     """A model from a network of x0-logits.
 
     Args:
@@ -45,15 +70,7 @@ def from_logits(
         ValueError: unknown ``time``; when called, fewer than V logits per site.
     """
     _check_time(time)
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        logits = network(x, *_argument(process, time, x, t, time_dtype))
-        _check_columns(logits, process.vocab)
-        logits = logits[..., : process.vocab]
-        probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-        return process.settle(probs, x)
-
-    return model
+    return LogitsModel(network, process, time, time_dtype)
 
 
 def from_log_score(

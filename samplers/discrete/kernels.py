@@ -5,14 +5,20 @@ A *kernel* is a tensor (B, L, S) whose row [b, i] is the law of site i's next to
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+UNDERFLOW = 60.0  # exp(-60) is still a normal number in float32
 
 
 def sharpen(probs: Tensor, exponent: float | Tensor) -> Tensor:
     """Rows proportional to ``probs ** exponent``; zeros stay zeros. The exponent is an inverse temperature."""
     if not torch.is_tensor(exponent):
-        powers = (probs / probs.amax(-1, keepdim=True)).pow(exponent)
+        if exponent * math.log(probs.shape[-1]) > UNDERFLOW:  # a row's largest entry is at least 1 / V
+            probs = probs / probs.amax(-1, keepdim=True)
+        powers = probs.pow(exponent)
         return powers / powers.sum(-1, keepdim=True)
     positive = probs > 0  # gradients in the exponent and in the rows, also beside exact zeros
     logs = torch.where(positive, probs, 1.0).log()

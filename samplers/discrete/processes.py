@@ -18,8 +18,8 @@ from .survival import SurvivalSchedule, Time, as_float64
 
 
 def _rows(value: Tensor, like: Tensor) -> Tensor:
-    """A 0-d or (B,) number so that it broadcasts against ``like`` (B, L, S)."""
-    return value if value.ndim == 0 else value.to(like).view(-1, *[1] * (like.ndim - 1))
+    """A 0-d, (B,) or (B, L, 1) number so that it broadcasts against ``like`` (B, L, S)."""
+    return value if value.ndim in (0, like.ndim) else value.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

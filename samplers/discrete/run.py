@@ -120,12 +120,13 @@ class DiscreteRun:
     def _hit(self, clock: Tensor) -> None:
         self._kept = first_hit(self.process, clock, self.x, self.generator)
 
-    def tell(self, probs: Tensor, x: Tensor | None = None) -> None:
+    def tell(self, probs: Tensor, x: Tensor | None = None, *, tempered: bool = False) -> None:
         """Take the posterior (B, L, V) for the due query and move on.
 
         Args:
             probs: the model's posterior at `x` and `query`.
             x: the state it was made at, where the caller may have changed it since.
+            tempered: the step's exponent (``step.temp``) is already in ``probs``.
 
         Raises:
             RuntimeError: no query is due.
@@ -139,7 +140,7 @@ class DiscreteRun:
             raise ValueError(f"the model returned shape {tuple(probs.shape)}, expected probabilities of shape {wanted}")
         step, stage = self._stages[self.position]
         probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-        probs = self.process.settle(shaped(probs, step.temp, self.base.parameters["top_p"]), x)
+        probs = self.process.settle(shaped(probs, 1.0 if tempered else step.temp, self.base.parameters["top_p"]), x)
         self.x = torch.where(self.frozen, x, self._next(probs, x, step, stage))
         if stage != "trial" and not neutral(step.remask, 0.0) and not step.last:
             again = (uniform(self.x.shape, probs, self.generator) < step.remask) & ~self.frozen
@@ -147,6 +148,8 @@ class DiscreteRun:
         self.position += 1
         if self.base.kind == "first_hitting":
             self._hit(self._kept[1])
+        if self.base.name == "entropy_bound" and not bool((self.x == self.process.mask_id).any()):
+            self.position = len(self._stages)  # it reveals as many as it dares, and may be done early
 
     def select(self, index: Tensor) -> None:
         """Permute or duplicate samples: everything remembered follows ``index`` (B',) along the batch."""
@@ -211,6 +214,15 @@ def plan(process: Process, nfe: int | None, base: str, table: DiscreteTable | No
     return table
 
 
+def ask(model: Model, run: DiscreteRun) -> None:
+    """Answer the due query. A model that can put an exponent into its logits does so: that costs next to nothing."""
+    exponent, tempered = run.step.temp, getattr(model, "tempered", None)
+    if tempered is None or neutral(exponent, 1.0):
+        run.tell(model(run.x, run.query))
+    else:
+        run.tell(tempered(run.x, run.query, exponent), tempered=True)
+
+
 def iterate_discrete(
     model: Model,
     process: Process,
@@ -223,8 +235,8 @@ def iterate_discrete(
     """Run a table from ids ``x`` (B, L), yielding the run before the first evaluation and after every answer."""
     run = DiscreteRun(table, process, x, generator=generator, frozen=frozen)
     yield run
-    while (time := run.query) is not None:
-        run.tell(model(run.x, time))
+    while run.query is not None:
+        ask(model, run)
         yield run
 
 
@@ -274,6 +286,6 @@ def sample_discrete(
         frozen = given >= 0
         x = torch.where(frozen, given, x)
     run = DiscreteRun(chosen, process, x, generator=generator, frozen=frozen)
-    while (time := run.query) is not None:
-        run.tell(model(run.x, time))
+    while run.query is not None:
+        ask(model, run)
     return run.x

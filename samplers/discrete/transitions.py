@@ -117,6 +117,14 @@ def _remdm(process: MaskedProcess, probs: Tensor, x: Tensor, step: Step, paramet
     return torch.where(revealed, (1.0 - redo) * rows + redo * masked, rows)
 
 
+def _entropy_bound(process: MaskedProcess, probs: Tensor, x: Tensor, step: Step, parameters: dict[str, float]) -> Tensor:
+    hidden = x == process.mask_id
+    entropy, site = torch.special.entr(probs).sum(-1).masked_fill(~hidden, torch.inf).sort(dim=-1, stable=True)
+    chosen = entropy.cumsum(-1) - entropy <= parameters["bound"]  # all but the largest entropy count; the surest site passes
+    chosen = torch.zeros_like(hidden).scatter(-1, site, chosen) & hidden
+    return process.reveal(probs, x, chosen.to(probs.dtype)[..., None])
+
+
 _TOP = {"top_p": 1.0}
 _SECOND = "Ren et al. 2025, arXiv:2502.00234"
 _KERNEL_KNOBS = ("rate", "temp", "remask")
@@ -148,6 +156,16 @@ CATALOGUE = {
             _TOP | {"noise": 0.0},
         ),
         Transition(
+            "entropy_bound",
+            "kernel",
+            MASKED,
+            ("temp",),
+            None,
+            "Ben-Hamu et al. 2025, arXiv:2505.24857",
+            _entropy_bound,
+            _TOP | {"bound": 0.1},
+        ),
+        Transition(
             "first_hitting", "first_hitting", MASKED, ("temp",), None, "Zheng et al. 2024, arXiv:2409.02908", None, _TOP
         ),
     )
@@ -173,7 +191,7 @@ def transition(text: str) -> Transition:
             parameters[key] = float(value)
         except ValueError:
             raise ValueError(f"{name}: {key}={value!r} is not a number") from None
-    bounds = {"top_p": (1e-9, 1.0), "theta": (1e-3, 0.999), "eta": (0.0, 1.0), "noise": (0.0, 1e6)}
+    bounds = {"top_p": (1e-9, 1.0), "theta": (1e-3, 0.999), "eta": (0.0, 1.0), "noise": (0.0, 1e6), "bound": (0.0, 1e6)}
     for key, (low, high) in bounds.items():
         if key in parameters and not low <= parameters[key] <= high:
             raise ValueError(f"{name}: {key} must be in [{low:g}, {high:g}], got {parameters[key]:g}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..discrete import Model, Process, from_logits, process_from_dict
+from ..discrete import LogitsModel, Process, from_logits, process_from_dict
 from .tokens import TokenMLP, TokenTransformer, load_network
 
 
@@ -33,8 +33,12 @@ class TokenModel:
         """The posterior."""
         return self.model(x, t)
 
+    def tempered(self, x: Tensor, t: Tensor, exponent: float | Tensor) -> Tensor:
+        """The posterior to the power of ``exponent``, normalised."""
+        return self.model.tempered(x, t, exponent)
+
     @property
-    def model(self) -> Model:
+    def model(self) -> LogitsModel:
         """The network as a model."""
         return from_logits(self.network, self.process, time="noise_ratio" if self.network.config["time"] else "none")
 

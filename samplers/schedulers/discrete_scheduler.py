@@ -202,7 +202,7 @@ class DiscreteSolverScheduler(SchedulerMixin, ConfigMixin):
         if masked and mask_id < process.vocab:  # the mask is one of the model's symbols, and never a sample
             logits = logits.index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
         probs = logits.softmax(-1)
-        run.tell(probs, x)
+        run.tell(probs if exponent == 1.0 else (exponent * logits).softmax(-1), x, tempered=True)
         return self._output(model_output * exponent, probs, x, run.x, process, mask_id, sample, picture, return_dict)
 
     def _running(self, index: int, process: Process, x: Tensor, prompt_mask: Tensor | None) -> DiscreteRun:

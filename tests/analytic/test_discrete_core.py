@@ -26,6 +26,7 @@ from samplers.discrete import (
     random_chain,
     random_mixture,
     sample_discrete,
+    sharpen,
     sudoku_grids,
     sudoku_model,
     to_log_score,
@@ -185,6 +186,7 @@ SAMPLED = [
     ("masked", DiscreteTable.plain("masked", "remdm:eta=0.5", 4)),
     ("masked", DiscreteTable.plain("masked", "fixed_count", 2)),
     ("masked", DiscreteTable.plain("masked", "confidence", 2)),
+    ("masked", DiscreteTable.plain("masked", "entropy_bound:bound=0.6", 2)),
     ("masked", DiscreteTable.plain("masked", "theta_trapezoidal", 5)),
     ("masked", DiscreteTable.plain("masked", "theta_rk2:theta=0.4", 4)),
     ("masked", DiscreteTable("masked", "fixed_count", (1, 0.6, 0.2, 0), temp=(1, 2, 0.5), count=(0.5, 1.7, 0.8))),
@@ -225,6 +227,47 @@ def test_samples_have_the_enumerated_law(name, table, generator):
     # negative control: the law of another step size is refused by the same test
     other = exact_law(model, process, 3, nfe=1)
     assert chi_square(counts, other) < 1e-6
+
+
+def test_entropy_bound_reveals_what_is_nearly_sure(generator):
+    process = MaskedProcess(3)
+    sites = torch.tensor([[0.98, 0.01, 0.01], [0.4, 0.3, 0.3], [0.9, 0.05, 0.05], [1 / 3, 1 / 3, 1 / 3]]).double()
+    entropy = torch.special.entr(sites).sum(-1)  # .11, 1.09, .39, 1.10
+    model = ProductMixtureModel(torch.ones(1).double(), sites[None], process)
+    shown = []
+
+    def watched(x, t):
+        shown.append((x != process.mask_id).double().mean(0))
+        return model(x, t)
+
+    for bound, wanted in (
+        (0.0, [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]]),
+        (float(entropy[0]) + 1e-6, [[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]]),  # all but the largest: .11 alone
+        (float(entropy[[0, 2]].sum()) + 1e-6, [[0, 0, 0, 0], [1, 1, 1, 0]]),
+        (10.0, [[0, 0, 0, 0]]),
+    ):
+        shown.clear()
+        x = sample_discrete(watched, process, (400, 4), 8, f"entropy_bound:bound={bound!r}", generator=generator(1))
+        assert torch.stack(shown).tolist() == wanted  # and no evaluation once all is revealed
+        assert int(x.max()) < 3
+    law = random_chain(process).law(4)  # one token per evaluation is exact, in any order
+    one_by_one = exact_law(TabularModel(law, process), process, 4, 4, "entropy_bound:bound=0")
+    torch.testing.assert_close(one_by_one, law, atol=1e-12, rtol=0)
+
+
+def test_a_network_takes_the_exponent_into_its_logits(generator, monkeypatch):
+    logits = torch.randn(5, 6, dtype=torch.float64, generator=generator(0))
+    for process in (MaskedProcess(6), UniformProcess(6)):
+        model = from_logits(lambda x: logits.expand(len(x), 5, 6), process)
+        x = process.prior((3, 5), generator(1))
+        torch.testing.assert_close(model.tempered(x, torch.tensor(0.5), 2.5), sharpen(model(x, torch.tensor(0.5)), 2.5))
+        base = {"masked": "fixed_count", "uniform": "tweedie"}[process.name]
+        table = DiscreteTable(process.name, base, (1.0, 0.6, 0.3, 0.0), temp=(0.7, 1.0, 2.0))
+        after = sample_discrete(lambda x, t, m=model: m(x, t), process, (200, 5), table=table, generator=generator(2))
+        with monkeypatch.context() as patch:  # no power is taken of probabilities
+            patch.setattr("samplers.discrete.run.sharpen", None)
+            inside = sample_discrete(model, process, (200, 5), table=table, generator=generator(2))
+        assert torch.equal(inside, after)
 
 
 def test_first_hitting_has_the_law_of_one_by_one(generator):
