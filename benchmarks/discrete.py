@@ -14,87 +14,41 @@ Every cell is a line of DIR/cells.jsonl and is not computed again, so a run cont
 from __future__ import annotations
 
 import argparse
-import json
-import time
-import warnings
 from pathlib import Path
 
 import torch
-from discrete_tasks import digit_scores, judge_text, sudoku_network, text_data
+from discrete_cells import PLAIN, PROCESSES, Cells, Subject, fit, learned_knobs, seeded
+from discrete_networks import cost, digits, sudoku, text
+from discrete_tasks import entropy_bound_table
 
-from distill import FitSettings, Teacher, exact_scores, fit_discrete_sampler, sampled_scores
+from distill import FitSettings, Teacher, exact_scores, sampled_scores
 from samplers.discrete import (
     DiscreteTable,
     MarkovModel,
-    MaskedProcess,
-    Model,
     Process,
     TabularModel,
-    UniformProcess,
     countdown_chain,
     exact_law,
-    is_sudoku,
     jump_grid,
     one_token_law,
     optimal_count_table,
     parity_law,
     random_chain,
     random_mixture,
-    sample_discrete,
-    sudoku_grids,
 )
-from samplers.reference import binary_digits, load_tokens
 
-PROCESSES = {"masked": MaskedProcess, "uniform": UniformProcess}
-PLAIN = {
-    "masked": ["euler", "tau", "remdm", "theta_trapezoidal", "theta_rk2", "fixed_count", "confidence"],
-    "uniform": ["euler", "tau", "tweedie", "theta_trapezoidal", "theta_rk2"],
-}
-
-
-CHAIN_BASES = {"masked": ["fixed_count", "optimal counts", "confidence", "confidence:noise=4"], "uniform": ["tweedie"]}
-
-
-class Cells:
-    """Results by key, one JSON line each: ``if cells.due(key): cells.put(scores)``."""
-
-    def __init__(self, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.path, self.work, self.key, self.started = work / "cells.jsonl", work, "", 0.0
-        self.known = {json.loads(line)["key"] for line in self.path.read_text().splitlines()} if self.path.exists() else set()
-
-    def due(self, key: str) -> bool:
-        self.key, self.started = key, time.process_time()
-        return key not in self.known
-
-    def put(self, found: dict) -> None:
-        found = {"key": self.key} | found | {"cpu_seconds": round(time.process_time() - self.started, 2)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        self.known.add(self.key)
-        print(self.key, {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}, flush=True)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def fit(*args: object, **kwargs: object) -> DiscreteTable:
-    """A fit whose refusal to call a table better is a result, not a warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no improvement|the steps of LSD")
-        return fit_discrete_sampler(*args, **kwargs)
-
+SAMPLED = FitSettings(budget=140, samples=1000, judged=4000, teacher=Teacher(samples=6000, nfe=64))
 
 # ---- enumerable laws ---------------------------------------------------------------------------------------------------
 
 
 def exact(cells: Cells, args: argparse.Namespace) -> None:
     for seed in args.seeds:
-        for task in ("markov", "mixture", "countdown", "parity", "token"):
+        for task in args.tasks or ("markov", "mixture", "countdown", "parity", "token"):
             if seed == args.seeds[0] or task not in ("countdown", "parity"):  # these two have no seed
-                for name in PROCESSES:
-                    exact_task(cells, task, name, seed)
+                for name in args.processes:
+                    process = PROCESSES[name]({"parity": 2, "token": 15}.get(task, 3))
+                    ExactTask(cells, task, process, seed).measure()
 
 
 def exact_law_of(task: str, process: Process, seed: int) -> torch.Tensor:
@@ -107,34 +61,60 @@ def exact_law_of(task: str, process: Process, seed: int) -> torch.Tensor:
     }[task]()
 
 
-def exact_task(cells: Cells, task: str, name: str, seed: int) -> None:
-    process = PROCESSES[name]({"parity": 2, "token": 15}.get(task, 3))
-    law = exact_law_of(task, process, seed)
-    model, length = TabularModel(law, process), law.ndim
-    head = f"exact/{task}/{name}/{seed}"
-    for nfe in (4, 8, 16, 24, 32):
-        for base in PLAIN[name]:
-            if cells.due(f"{head}/{nfe}/{base}"):
-                cells.put(exact_scores(law, exact_law(model, process, length, nfe, base)))
-    for nfe in (4, 8):
-        if task != "token" and (name == "uniform" or nfe < length):
-            exact_learned(cells, f"{head}/{nfe}", model, law, nfe, seed)
+class ExactTask(Subject):
+    """A law that is enumerated: the scores of a sampler are those of its own enumerated law."""
 
+    def __init__(self, cells: Cells, task: str, process: Process, seed: int) -> None:
+        self.task, self.law = task, exact_law_of(task, process, seed)
+        model, head = TabularModel(self.law, process), f"exact/{task}/{process.name}/{seed}"
+        super().__init__(cells, head, model, process, (0, self.law.ndim), 0, dict, seed)
+        self.ids = model.sample(2000, seeded(5))
 
-def exact_learned(cells: Cells, head: str, model: TabularModel, law: torch.Tensor, nfe: int, seed: int) -> None:
-    process, length = model.process, law.ndim
-    ids = model.sample(2000, seeded(5))
-    tables = {"law": law} if seed != 1 else {"law": law, "teacher": "teacher", "2000 samples": ids}
-    for target, given in tables.items():
-        if cells.due(f"{head}/learned exact_kl, {target}"):
-            table = fit(model, process, length, nfe, objective="exact_kl", target=given, settings=FitSettings(budget=80))
-            cells.put(exact_scores(law, exact_law(model, process, length, table=table)) | {"table": table.to_dict()})
-    if seed == 1 and cells.due(f"{head}/learned score_l2"):
-        table = fit(model, process, length, nfe, objective="score_l2", target=law)
-        cells.put(exact_scores(law, exact_law(model, process, length, table=table)) | {"table": table.to_dict()})
-    if seed == 1 and process.name == "uniform" and cells.due(f"{head}/tweedie, jump grid"):
-        table = DiscreteTable("uniform", "tweedie", tuple(jump_grid(model, process, ids[:400], nfe, seeded(0))))
-        cells.put(exact_scores(law, exact_law(model, process, length, table=table)))
+    def run(self, table: DiscreteTable) -> dict:
+        return exact_scores(self.law, exact_law(self.model, self.process, self.law.ndim, table=table))
+
+    def measure(self) -> None:
+        model, process, name = self.model, self.process, self.process.name
+        for nfe in (4, 8, 16, 24, 32):
+            self.plain(nfe, PLAIN[name])
+        if self.task == "token":  # Tweedie is exact there: nothing to learn
+            return
+        if name == "masked":  # from NFE = L on, fixed counts are exact
+            self.cell(4, "fixed_count, optimal counts", lambda: optimal_count_table(model, process, self.ids, 4, seeded(0)))
+            self.cell(4, "entropy_bound, mean NFE", lambda: entropy_bound_table(model, process, self.law.ndim, 4, rows=400))
+            self.learn(4)
+            self.learn_otherwise(4)
+            return
+        for nfe in (4, 8):
+            grid = lambda nfe=nfe: tuple(jump_grid(model, process, self.ids[:400], nfe, seeded(0)))  # noqa: E731
+            self.cell(nfe, "tweedie, jump grid", lambda grid=grid: DiscreteTable("uniform", "tweedie", grid()))
+        for nfe in (4, 8, 16, 32):
+            self.learn(nfe)
+        self.learn_otherwise(8)
+
+    def learn(self, nfe: int) -> None:
+        """Exact gradients, from every target."""
+        if self.seed != 1 and nfe > 8:
+            return
+        targets = {"law": self.law, "teacher": "teacher", "2000 samples": self.ids}
+        for target, given in targets.items():
+            if target == "law" or (self.seed == 1 and nfe <= 8):
+                args = (self.model, self.process, self.law.ndim, nfe, "auto", "exact_kl", given)
+                self.cell(nfe, f"learned exact_kl, {target}", lambda args=args: fit(*args, settings=FitSettings(budget=80)))
+
+    def learn_otherwise(self, nfe: int) -> None:
+        """All other objectives, on the first seed's laws."""
+        if self.seed != 1:
+            return
+        length = self.law.ndim
+        for objective, knobs in (("score_l2", ("rate",)), ("score_l2_block", ("t", "rate"))):
+            args = (self.model, self.process, length, nfe, knobs, objective, self.law)
+            label = f"learned {objective}" + ("" if len(knobs) == 1 else ", t+rate")
+            self.cell(nfe, label, lambda args=args: fit(*args))
+        for objective in ("ngram_kl", "mmd", "tv_support"):
+            for target, given in (("law", self.law), ("teacher", "teacher")):
+                args = (self.model, self.process, length, nfe, learned_knobs(self.process.name), objective, given)
+                self.cell(nfe, f"learned {objective}, {target}", lambda args=args: fit(*args, settings=SAMPLED))
 
 
 # ---- chains of 32 sites ------------------------------------------------------------------------------------------------
@@ -142,156 +122,46 @@ def exact_learned(cells: Cells, head: str, model: TabularModel, law: torch.Tenso
 
 def chains(cells: Cells, args: argparse.Namespace) -> None:
     for seed in args.seeds:
-        for task in ("markov", "countdown"):
-            for name in PROCESSES:
+        for task in args.tasks or ("markov", "countdown"):
+            for name in args.processes:
                 process = PROCESSES[name](6)
                 chain = random_chain(process, seed=seed) if task == "markov" else countdown_chain(process)
-                chain_task(cells, f"chains/{task}/{name}/{seed}", chain, seed, teacher=seed == args.seeds[0])
+                chain_task(cells, f"chains/{task}/{name}/{seed}", chain, seed)
 
 
-def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int, *, teacher: bool) -> None:
-    process = chain.process
-    name = process.name
-    truth, fresh = chain.sample(8000, 32, seeded(1000 + seed)), chain.sample(4000, 32, seeded(2000 + seed))
+def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int) -> None:
+    process, name = chain.process, chain.process.name
+    truth, fresh = chain.sample(8000, 32, seeded(1000 + seed)), chain.sample(8000, 32, seeded(2000 + seed))
 
-    def score(ids: torch.Tensor) -> dict:
+    def judge(ids: torch.Tensor) -> dict:
         nll = float(-chain.log_prob(ids).mean()) / 32
         return sampled_scores(ids, fresh, ("4gram", "lag4"), 6) | {"nll_gap": nll - chain.entropy(32) / 32}
 
-    def run(table: DiscreteTable) -> dict:
-        return score(sample_discrete(chain, process, (4000, 32), table=table, generator=seeded(3000 + seed)))
-
-    if cells.due(f"{head}/0/fresh data"):
-        cells.put(score(chain.sample(4000, 32, seeded(77))))
-    for nfe in (4, 8, 16, 24):
-        for base in CHAIN_BASES[name]:
-            if cells.due(f"{head}/{nfe}/{base}"):
-                optimal = base == "optimal counts"
-                table = optimal_count_table(chain, process, truth[:1000], nfe, seeded(0)) if optimal else None
-                cells.put(run(table or DiscreteTable.plain(name, base, nfe)))
-    given = {"data": truth, "teacher": "teacher"} if teacher else {"data": truth}
-    for nfe in (4, 8):
-        for target, ids in given.items():
-            if cells.due(f"{head}/{nfe}/learned ngram_kl, {target}"):
-                table = chain_fit(chain, nfe, ids, seed, cells.work / "fits" / head.replace("/", "-") / target)
-                cells.put(run(table) | {"table": table.to_dict()})
+    subject = Subject(cells, head, chain, process, (4000, 32), 3000 + seed, judge, seed)
+    if subject.due(0, "fresh data"):
+        cells.put(judge(chain.sample(4000, 32, seeded(77 + seed))))
+    for nfe in (4, 8, 16, 32):
+        subject.plain(nfe, [*PLAIN[name], *(["confidence:noise=4"] if name == "masked" else [])])
+        baselines(subject, nfe, truth)
+    for nfe in (4, 8, 16, 32):
+        for target, given in (("data", truth), ("teacher", "teacher")):
+            if seed == 1 or nfe <= (16 if target == "data" else 8):
+                folder = cells.work / "fits" / head.replace("/", "-") / target
+                teacher = Teacher(samples=6000, nfe=64 if name == "uniform" else 32)
+                settings = FitSettings(budget=196, samples=500, judged=3000, folder=folder, teacher=teacher)
+                subject.learned(nfe, "ngram_kl", target, given, settings)
 
 
-def chain_fit(chain: MarkovModel, nfe: int, target: object, seed: int, folder: Path) -> DiscreteTable:
-    name = chain.process.name
-    teacher = Teacher(samples=4000, nfe=64 if name == "uniform" else 32)
-    settings = FitSettings(budget=196, samples=500, judged=3000, folder=folder, teacher=teacher)
-    knobs = ("t", "temp") if name == "uniform" else ("count", "temp")
-    return fit(chain, chain.process, 32, nfe, knobs, "ngram_kl", target, seed, settings=settings)
-
-
-# ---- trained networks --------------------------------------------------------------------------------------------------
-
-
-def sudoku(cells: Cells, args: argparse.Namespace) -> None:
-    truth = sudoku_grids()[torch.randint(288, (6000,), generator=seeded(9))]
-    for name in args.processes:
-        process = PROCESSES[name](4)
-        model = sudoku_network(process, cells.work)
-        knobs = ("t", "temp") if name == "uniform" else ("count", "temp")
-        for nfe in (4, 8, 24):
-            for base in ["tweedie", "euler"] if name == "uniform" else ["fixed_count", "confidence"]:
-                if cells.due(f"sudoku/network/{name}/0/{nfe}/{base}"):
-                    cells.put(sudoku_scores(model, DiscreteTable.plain(name, base, nfe), process, 0))
-        for seed in args.seeds:
-            for nfe in (4, 8):
-                if cells.due(f"sudoku/network/{name}/{seed}/{nfe}/learned tv_support, data"):
-                    settings = FitSettings(budget=280, samples=1500, judged=3000, batch=1500, holdout=("lag1", "lag4"))
-                    table = fit(model, process, 16, nfe, knobs, "tv_support", truth, seed, settings=settings)
-                    cells.put(sudoku_scores(model, table, process, seed) | {"table": table.to_dict()})
-
-
-def sudoku_scores(model: Model, table: DiscreteTable, process: Process, seed: int) -> dict:
-    ids = sample_discrete(model, process, (10_000, 16), table=table, generator=seeded(400 + seed))
-    good = is_sudoku(ids)
-    both, counts = torch.unique(ids[good], dim=0, return_counts=True)
-    share = counts.double() / len(ids)
-    among = share / share.sum()
-    return {
-        "valid": float(good.double().mean()),
-        "tv": 1.0 - float(share.clamp(max=1 / 288).sum()),
-        "kl_among_valid": float((among * (among * 288).log()).sum()),
-        "grids": float(len(both)),
-    }
-
-
-def digits(cells: Cells, args: argparse.Namespace) -> None:
-    if cells.due("digits/network/uniform/0/0/training digits"):
-        cells.put(digit_scores(binary_digits("train")))
-    for name in args.processes:
-        model = load_tokens(f"binary-digits-{name}")
-        knobs = ("t", "temp") if name == "uniform" else ("count", "temp")
-        for nfe in (4, 8, 16, 24, 64):
-            for base in ["tweedie"] if name == "uniform" else ["fixed_count", "confidence:noise=4"]:
-                if cells.due(f"digits/network/{name}/0/{nfe}/{base}"):
-                    table = DiscreteTable.plain(name, base, nfe)
-                    cells.put(
-                        digit_scores(sample_discrete(model, model.process, (2000, 64), table=table, generator=seeded(500)))
-                    )
-        for seed in args.seeds:
-            for nfe in (4, 8):
-                if cells.due(f"digits/network/{name}/{seed}/{nfe}/learned mmd, teacher"):
-                    settings = FitSettings(
-                        budget=140,
-                        samples=800,
-                        judged=3000,
-                        batch=1000,
-                        holdout=("patch3w8",),
-                        folder=cells.work / "fits" / f"digits-{name}",
-                        teacher=Teacher(nfe=64, samples=6000),
-                    )
-                    table = fit(model, model.process, 64, nfe, knobs, "mmd", "teacher", seed, settings=settings)
-                    x = sample_discrete(model, model.process, (2000, 64), table=table, generator=seeded(500 + seed))
-                    notes = {"table": table.to_dict(), "fit_seconds": table.provenance["seconds"]}
-                    cells.put(digit_scores(x) | notes)
-
-
-def text(cells: Cells, args: argparse.Namespace) -> None:
-    if args.data is None:
-        raise SystemExit("text needs --data, the file the character model was trained on")
-    model = load_tokens(Path(__file__).parent / "models" / "characters")
-    process, length = model.process, model.seq_len
-    train, held_out = text_data(args.data, model.config["symbols"], length)
-    judge = judge_text(train, held_out)
-    if cells.due("text/characters/masked/0/0/held-out text"):
-        cells.put(judge(held_out[:400]))
-
-    def run(table: DiscreteTable) -> dict:
-        generator = seeded(600)
-        parts = [sample_discrete(model, process, (100, length), table=table, generator=generator) for _ in range(4)]
-        return judge(torch.cat(parts))
-
-    for nfe in (4, 8, 16, 32, 64):
-        for base in ("fixed_count", "confidence:noise=4"):
-            if cells.due(f"text/characters/masked/0/{nfe}/{base}"):
-                cells.put(run(DiscreteTable.plain("masked", base, nfe)))
-        if cells.due(f"text/characters/masked/0/{nfe}/optimal counts"):
-            cells.put(run(optimal_count_table(model, process, train[:100], nfe, seeded(0))))
-    for nfe in (4, 8, 16):
-        if cells.due(f"text/characters/masked/0/{nfe}/learned ngram_kl, data"):
-            settings = FitSettings(budget=56, samples=150, judged=300, batch=100, holdout=("lag1", "lag4"))
-            table = fit(model, process, length, nfe, ("count", "temp"), "ngram_kl", train[:6000], settings=settings)
-            cells.put(run(table) | {"table": table.to_dict()})
-
-
-def cost(cells: Cells, args: argparse.Namespace) -> None:
-    if not cells.due("cost/digits/uniform/0/8/overhead of temp"):
-        return
-    model = load_tokens("binary-digits-uniform")
-    plain = DiscreteTable.plain("uniform", "tweedie", 8)
-    learned = DiscreteTable("uniform", "tweedie", plain.times, temp=tuple(1.0 + 0.1 * k for k in range(8)))
-    spent = {"plain": float("inf"), "learned": float("inf")}
-    for turn in range(20):
-        for label, table in (("plain", plain), ("learned", learned)):
-            started = time.process_time()
-            sample_discrete(model, model.process, (500, 64), table=table, generator=seeded(turn))
-            spent[label] = min(spent[label], time.process_time() - started)
-    cells.put({"overhead": spent["learned"] / spent["plain"] - 1.0, "bytes": float(len(json.dumps(learned.to_dict())))})
+def baselines(subject: Subject, nfe: int, truth: torch.Tensor) -> None:
+    """Training-free schedules that adapt to the model."""
+    model, process = subject.model, subject.process
+    if process.name == "masked":
+        make = lambda: optimal_count_table(model, process, truth[:1000], nfe, seeded(0))  # noqa: E731
+        subject.cell(nfe, "fixed_count, optimal counts", make)
+        subject.bound(nfe, rows=60)
+    elif nfe <= 16:
+        grid = lambda: tuple(jump_grid(model, process, truth[:200], nfe, seeded(0)))  # noqa: E731
+        subject.cell(nfe, "tweedie, jump grid", lambda: DiscreteTable("uniform", "tweedie", grid()))
 
 
 def main() -> None:
@@ -299,8 +169,9 @@ def main() -> None:
     parts = {"exact": exact, "chains": chains, "sudoku": sudoku, "digits": digits, "text": text, "cost": cost}
     parser.add_argument("part", choices=[*parts])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--processes", nargs="+", choices=[*PROCESSES], default=["uniform", "masked"], help="sudoku, digits")
+    parser.add_argument("--data", type=Path, help="text: the file the character model was trained on")
+    parser.add_argument("--processes", nargs="+", choices=[*PROCESSES], default=["uniform", "masked"])
+    parser.add_argument("--tasks", nargs="+", help="exact, chains: only these laws")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     torch.set_num_threads(1)
