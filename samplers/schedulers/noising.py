@@ -11,6 +11,11 @@ from ..noise import NoiseSchedule
 from ..parametrization import FLOW_PREDICTION, REVERSED_FLOW_PREDICTION
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the arithmetic's dtype: at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def noise_like(
     x: Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,

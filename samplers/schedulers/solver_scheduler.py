@@ -21,11 +21,11 @@ from ..recipes import RecipeText, parse_recipe
 from ..strategy import SolverSchedule
 from ..tableau import Tableau
 from .clipping import clip_from_config
-from .noising import Noising, noise_like
+from .noising import Noising, noise_like, wide
 from .opening import check_opened
 from .output import SolverSchedulerOutput
 from .sources import load_tensors, resolve_schedule, split_config
-from .times import place_of, schedule_for, with_ddim_arguments
+from .times import place_of, published_levels, schedule_for, with_ddim_arguments
 
 DEFAULT_SCHEDULE = "dpmpp:order=2"
 
@@ -243,16 +243,10 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         t = torch.stack([query.t for query in queries])
         self.timesteps = self.noise_schedule.timestep(t).to(torch.float32).to(device)
         end = torch.tensor(schedule.times[-1], dtype=torch.float64)
-        self.sigmas = self._level(torch.cat([t, end[None]])).to(torch.float32)
+        levels = published_levels(self.noise_schedule, torch.cat([t, end[None]]), reversed_flow=self.config.invert_sigmas)
+        self.sigmas = levels.to(torch.float32)
         self.num_inference_steps = len(queries)
         self._reset()
-
-    def _level(self, t: Tensor) -> Tensor:
-        """Noise levels as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
-        alpha, sigma = self.noise_schedule.alpha_sigma(t)
-        if self.model_config.family == "vp":
-            return sigma / alpha
-        return alpha if self.config.invert_sigmas else sigma
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this entry of ``timesteps`` (img2img); also saves the look-up by value, hence a device sync."""
@@ -285,7 +279,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         if self.tableau.first_x0 is not None and self.tableau.first_x0.shape != sample.shape[1:]:
             mean, state = tuple(self.tableau.first_x0.shape), tuple(sample.shape[1:])
             raise ValueError(f"first_x0 has shape {mean}, the state {state}")
-        return Engine(self.tableau, _wide(sample)).x.to(sample.dtype)
+        return Engine(self.tableau, wide(sample)).x.to(sample.dtype)
 
     def step(
         self,
@@ -330,9 +324,9 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}")
         first = self.analytic_first_step and self.step_index == 0
-        state = engine.x if first else _wide(sample)
+        state = engine.x if first else wide(sample)
         model = self.model_config
-        x0 = to_x0(_wide(model_output), state, *engine.levels, model.prediction_type, model.sigma_data)
+        x0 = to_x0(wide(model_output), state, *engine.levels, model.prediction_type, model.sigma_data)
         if self._idle:
             self._idle, self._begun_at, prev_sample = self._idle - 1, self._begun_at + 1, sample
         else:
@@ -341,6 +335,14 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, x0
         return SolverSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def select(self, index: Tensor) -> None:
+        """Between two steps, permute or duplicate samples: all that is remembered follows ``index`` (B',) along the batch.
+
+        The caller gives the next `step` a sample that followed it too. Before the first step nothing is remembered.
+        """
+        if self._engine is not None:
+            self._engine.select(index)
 
     def _draw(self, x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         return noise_like(x, generator, seed=self.config.noise_seed, step=self.step_index or 0)
@@ -380,7 +382,7 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         clip = None
         if tableau.clip == "config":
             clip = clip_from_config(self.config, self.source.recipe.honours if isinstance(self.source, RecipeText) else ())
-        self._engine = Engine(tableau, _wide(sample), clip)
+        self._engine = Engine(tableau, wide(sample), clip)
         self._begun_at = index
         # Begun where a step is looked at a second time, that step lies in the past: its evaluation is made and not used.
         self._idle = len(self.tableau.stages) - index - len(tableau.stages)
@@ -392,8 +394,3 @@ class SolverScheduler(Noising, SchedulerMixin, ConfigMixin):
         self._ddim_arguments: tuple[float, bool] = (0.0, False)
         self._opening: tuple[Tensor, Tensor] | None = None  # the noise, and what scale_model_input made of it
         self.opened_sizes: frozenset[int] = frozenset()  # values per sample that a hook opened in the network's input
-
-
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in the arithmetic's dtype: at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

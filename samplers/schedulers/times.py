@@ -51,6 +51,14 @@ def schedule_for(
     return source.schedule(noise, nfe, at=at)
 
 
+def published_levels(noise: NoiseSchedule, t: Tensor, *, reversed_flow: bool) -> Tensor:
+    """Noise levels at times ``t`` as in-tree schedulers publish them: sigma for flow and EDM, sigma / alpha for VP."""
+    alpha, sigma = noise.alpha_sigma(t)
+    if noise.family == "vp":
+        return sigma / alpha
+    return alpha if reversed_flow else sigma
+
+
 def place_of(timestep: float | Tensor, grid: Tensor) -> int:
     """Index of a timestep in ``grid`` (N,); the second where it occurs twice, the last where it does not occur."""
     value = timestep.to(grid) if torch.is_tensor(timestep) else torch.tensor(timestep, dtype=grid.dtype, device=grid.device)

@@ -1,5 +1,6 @@
 """Correctors inside real pipelines: exact models give the law that was asked for, and nothing is left behind."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from samplers import NoiseSchedule
+from samplers import Evaluation, NoiseSchedule, SolverSchedule, StepStrategy
 from samplers.denoisers import GaussianMixture
 from samplers.particles import FeynmanKac, Target
 from samplers.particles.hooks import run as hooks_run
+from samplers.particles.hooks.plans import noise_matches_drift, plan_of
 from samplers.reference import ClassConditionalPipeline, load
-from samplers.schedulers import swap
+from samplers.schedulers import SolverScheduler, swap
 
 UNCOND = GaussianMixture(torch.tensor([[-2.0], [0.0], [2.0]]), torch.tensor([0.4, 0.5, 0.4]).sqrt(), torch.tensor([8.0, 7, 5]))
 COND = GaussianMixture(torch.tensor([[1.6], [-1.8]]), torch.tensor([0.2, 0.25]).sqrt(), torch.tensor([0.8, 0.2]))
@@ -70,14 +72,21 @@ def binned(x: Tensor, w: Tensor) -> Tensor:
     return torch.zeros(len(EDGES) - 1, dtype=torch.float64).scatter_add(0, place, w)
 
 
-def total_variation(pipe: Any, w: float, steps: int, particles: int, seed: int, **settings: Any) -> float:
-    """Against the target, of latents at the last evaluation: the pipeline clips what it returns to the image range."""
+def total_variation(
+    pipe: Any, w: float, steps: int, particles: int, seed: int, found: list[float] | None = None, **settings: Any
+) -> float:
+    """Against the target, of latents at the last evaluation: the pipeline clips what it returns to the image range.
+
+    log Z goes to ``found``.
+    """
     seen: list[Tensor] = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with FeynmanKac(Target.cfg(w), **settings).attach(pipe, particles) as run:
         pipe(0, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output_type="pt")
     hook.remove()
     weights = run.log_w.softmax(0)
+    if found is not None:
+        found.append(float(run.log_z))
     # the last call's input is before the last resampling, whose ancestors say which rows went on
     x = seen[-1][:particles].flatten().double()[run.ancestors[-1, 0]]
     return float(0.5 * (binned(x, weights) - truth(w)).abs().sum())
@@ -106,6 +115,52 @@ def test_solver_schedules_take_part_through_their_noise(recipe: str) -> None:
         plain = total_variation(pipe, 3.0, 100, 10_000, 0, weight_window=(0, 0))
         right = total_variation(pipe, 3.0, 100, 10_000, 0)
     assert plain > 1.8 * right
+
+
+@pytest.mark.slow
+def test_noise_that_two_steps_share_is_exact() -> None:
+    """DPM-Solver++ SDE: a step takes over what was drawn at its middle. Steps are long, so it needs many."""
+    pipe = exact_pipeline(DDIMScheduler(clip_sample=False, **BETAS))
+    with swap(pipe, "dpmpp_sde"):
+        plain = total_variation(pipe, 3.0, 300, 2500, 0, weight_window=(0, 0))
+        right = total_variation(pipe, 3.0, 300, 2500, 0)
+    assert plain > 2.5 * right
+
+
+def churned(ns: NoiseSchedule, gamma: float, steps: int = 100) -> SolverSchedule:
+    """Karras et al. 2022, algorithm 2, on first-order steps: noise raises every level s to (1 + gamma) s before its step."""
+    lam = torch.linspace(float(ns.lam(1.0)), -math.log(0.029), steps + 1, dtype=torch.float64)
+    t, up = ns.t_of_lam(lam).tolist(), ns.t_of_lam(lam[1:-1] - math.log1p(gamma)).tolist()
+    times = [t[0], t[1], *(time for raised, to in zip(up, t[2:], strict=True) for time in (raised, to)), 0.0]
+    jump, euler = StepStrategy(eval=Evaluation(source="none")), StepStrategy()
+    return SolverSchedule(times=tuple(times), steps=(euler, *(jump, euler) * (steps - 1), euler))
+
+
+@pytest.mark.slow
+def test_churn_is_paid_by_the_net_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What noise adds between two steps is taken off the weights again; counting each step's whole way down is wrong."""
+    pipe, gamma = exact_pipeline(DDIMScheduler(clip_sample=False, **BETAS)), 0.02
+    ns = NoiseSchedule.from_config(pipe.scheduler.config)
+    fine = torch.linspace(-10, 10, 20001, dtype=torch.float64)[:, None]
+    alpha, sigma = (v / math.hypot(1.0, 0.029) for v in (1.0, 0.029))
+    log_p = 3 * COND.log_prob(fine, alpha, sigma) - 2 * UNCOND.log_prob(fine, alpha, sigma)
+    log_z = float(log_p.logsumexp(0) + (fine[1] - fine[0]).log())
+
+    def outcome(**settings: Any) -> tuple[float, float]:
+        found: list[float] = []
+        with swap(pipe, churned(ns, gamma).to_dict()):
+            tv = total_variation(pipe, 3.0, 101, 6000, 0, found=found, **settings)
+        return tv, found[0] - log_z
+
+    plain, _ = outcome(weight_window=(0, 0))
+    right, off = outcome()
+    assert plain > 2.5 * right
+    assert abs(off) < 0.3
+    original = hooks_run.log_interval
+    monkeypatch.setattr(hooks_run, "log_interval", lambda a, b: original(a, b) and original(a, b) + 2 * math.log1p(gamma))
+    wrong, off = outcome()
+    assert wrong > 2.0 * right
+    assert abs(off) > 1.0
 
 
 @pytest.mark.slow
@@ -298,6 +353,26 @@ def test_refusals(build: Build) -> None:
     flux = build("flux")
     flux.pipe.transformer.register_to_config(guidance_embeds=True)
     refused(flux, guided, "distilled guidance")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "exact"),
+    [
+        ("dpmpp_sde", True),
+        ("dpmpp_sde:eta=0.5", True),
+        ("sa_solver:order=3", True),
+        ("dpmpp_sde:s_noise=1.1", False),
+        ("euler_ancestral:s_noise=1.003", False),
+    ],
+)
+def test_noise_is_held_against_the_drift(recipe: str, exact: bool) -> None:
+    """By the spread that every state has where the data is a point; scaled noise is exact where it makes up the level's."""
+    scheduler = SolverScheduler.from_config(DDPMScheduler(**BETAS).config, schedule=recipe)
+    scheduler.set_timesteps(9)
+    start = scheduler.noise_schedule.sigma(scheduler.solver_schedule.times[0])
+    assert noise_matches_drift(scheduler.tableau, float(start)) is exact
+    with nullcontext() if exact else pytest.raises(ValueError, match="that its drift does not match"):
+        plan_of(scheduler, exact=True, resamples=True, eta=None)
 
 
 def test_flux_without_a_negative_prompt_says_so(build: Build) -> None:

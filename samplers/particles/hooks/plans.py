@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ... import NoiseSchedule
 from ...schedulers import SolverScheduler
+from ...tableau import Tableau
 from ..path import Level
 
 ADVICE = 'use one that does, as in `with samplers.schedulers.swap(pipe, "euler_ancestral"): ...`'
@@ -22,7 +24,7 @@ class Plan:
 
     Attributes:
         levels: where the network is evaluated, and where the run ends; one more than there are evaluations.
-        noisy: per evaluation, whether it or a later one draws noise: copies that resampling makes can still separate.
+        noisy: per evaluation, whether the move after it draws noise: copies that resampling makes separate at once.
         prediction_type: of the network.
         sigma_data: EDM preconditioning, or None.
         scaled: whether the latents are x / alpha (variance exploding coordinates of a variance preserving model).
@@ -113,19 +115,22 @@ def _of_solver(scheduler: SolverScheduler, *, exact: bool, resamples: bool) -> P
     assert schedule is not None
     if schedule.steps[0].eval.source not in ("model", "none"):
         raise ValueError("a schedule with an analytic first step does not start from noise the weights know; choose another")
+    ends = torch.tensor([schedule.times[0], schedule.times[-1]], dtype=torch.float64)
+    alpha, sigma = scheduler.noise_schedule.alpha_sigma(ends)
     for i, step in enumerate(schedule.steps if exact else ()):
-        if step.noise is not None and (step.noise.kind == "fresh" or step.noise.scale != 1.0):
+        if step.noise is None or (step.noise.kind != "fresh" and step.noise.scale == 1.0):
+            continue
+        if step.noise.kind == "fresh" or not noise_matches_drift(tableau, float(sigma[0])):
             raise ValueError(
                 f"steps[{i}] draws noise that its drift does not match ({step.noise.kind}, scale {step.noise.scale:g}): no "
                 f"weight can correct that; {ADVICE}"
             )
-    end = torch.tensor(schedule.times[-1], dtype=torch.float64)
+        break
     queries = [stage.query for stage in tableau.stages]
-    alpha, sigma = scheduler.noise_schedule.alpha_sigma(end)
-    levels = [Level(q.t, float(q.alpha), float(q.sigma)) for q in queries] + [Level(end, float(alpha), float(sigma))]
+    levels = [Level(q.t, float(q.alpha), float(q.sigma)) for q in queries]
+    levels.append(Level(ends[1], float(alpha[1]), float(sigma[1])))
     draws = [any(torch.is_tensor(row.noise) or row.noise != 0.0 for row in stage.rows) for stage in tableau.stages]
-    noisy = [any(draws[i:]) for i in range(len(draws))]
-    if resamples and len(noisy) > 1 and not any(noisy):
+    if resamples and len(draws) > 1 and not any(draws):
         raise ValueError(
             "this solver schedule is an ODE: copies made by resampling would never separate; choose a stochastic one, such as "
             '"euler_ancestral" or "ddim:eta=1", or set resample_window=(0, 0)'
@@ -139,10 +144,34 @@ def _of_solver(scheduler: SolverScheduler, *, exact: bool, resamples: bool) -> P
         honours = getattr(getattr(scheduler.source, "recipe", None), "honours", ())
         clip = float(config.clip_sample_range) if "clip_sample" in honours else None
     model = scheduler.model_config
-    return Plan(levels, noisy, model.prediction_type, model.sigma_data, False, clip, reverse)
+    return Plan(levels, draws, model.prediction_type, model.sigma_data, False, clip, reverse)
+
+
+def noise_matches_drift(tableau: Tableau, start: float) -> bool:
+    """Whether every evaluated state has the noise of its level, where the data is a point at 0 and the start has std ``start``.
+
+    What a step draws may have any scale then: DPM-Solver++ SDE draws less at a step's end, since it takes over what it drew at
+    the middle. Followed as coefficients of the independent draws, so draws that share a part are counted right.
+    """
+    draws = 1
+    memory: dict[str, list[float]] = {"x0": [start]}
+    rows = list(tableau.opening)
+    for stage in (*tableau.stages, None):
+        for row in rows:
+            parts = [(float(c), memory.get(name, [])) for name, c in row.terms]  # a prediction of 0 adds nothing
+            found = [sum(c * part[j] for c, part in parts if j < len(part)) for j in range(draws)]
+            if float(row.noise) != 0.0:
+                found, draws = [*found, float(row.noise)], draws + 1
+            memory[row.target] = found
+        if stage is not None:
+            level = math.hypot(*memory[stage.query.state])
+            if abs(level - float(stage.query.sigma)) > 1e-6 * start:
+                return False
+            rows = list(stage.rows)
+    return True
 
 
 def permute(scheduler: Any, index: Tensor) -> None:
     """Let what a scheduler remembers of its samples follow ``index``; the exact ones of diffusers remember nothing."""
-    if isinstance(scheduler, SolverScheduler) and scheduler._engine is not None:
-        scheduler._engine.select(index)
+    if isinstance(scheduler, SolverScheduler):
+        scheduler.select(index)
