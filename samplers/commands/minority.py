@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .common import (
     BatchSizeOption,
+    ClassLabelsOption,
     DeviceOption,
     DtypeOption,
+    GuidanceOption,
     JsonOption,
     ModelOption,
     OfflineOption,
     PromptOption,
     SeedOption,
+    integers,
     out_console,
     progress_bar,
 )
 
-if TYPE_CHECKING:
-    from ..evaluation import ModelInputs
-    from ..guidance import MinorityScorer
-
 app = typer.Typer(help=__doc__.split(": ", 1)[1], no_args_is_help=True)
 
+LABEL_HELP = (
+    "Bin (-1 the rarest, 0 the commonest); kinds in turn: 'each', 'part:K,K', or 'missing:K', the K kinds that the unguided "
+    "images have least of (a few hundred images tell)."
+)
 DataOption = Annotated[str, typer.Option("--data", help="Images: folder, zip, npz, digits, torchvision:..., datasets:...")]
 
 
@@ -40,6 +43,9 @@ def score(
     draws: Annotated[int, typer.Option(min=1, help="Noises per image.")] = 16,
     distance: Annotated[str, typer.Option(help="l2, l1 or lpips.")] = "l2",
     sheet: Annotated[int, typer.Option(min=1, help="Images on the contact sheet.")] = 100,
+    within_class: Annotated[
+        bool, typer.Option("--within-class", help="Rare for its class: class-conditional model, images whose class is known.")
+    ] = False,
     prompt: PromptOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -51,44 +57,44 @@ def score(
     """Score how rare every image of a data set is, and show the rarest: look at them before guiding anything."""
     import torch
 
-    from .. import evaluation, guidance
-    from .minority_report import score_figure
+    from .. import guidance
+    from .minority_report import save_sheets, score_figure
+    from .minority_setup import open_setup
 
-    inputs, scorer = _scorer(
+    setup = open_setup(
         model, data, level=_level(level), target=target, draws=draws, distance=distance, prompt=prompt,
-        device=device, dtype=dtype, batch_size=batch_size, offline=offline,
+        within_class=within_class, device=device, dtype=dtype, batch_size=batch_size, offline=offline,
     )  # fmt: skip
-    scorer, variance = _calibrated(scorer, inputs, seed)
+    inputs, classes = setup.inputs, setup.classes
+    scorer, variance = setup.calibrated(seed)
     out.mkdir(parents=True, exist_ok=True)
     identity = {"model": model, "data": data, "data_id": inputs.source.id, "prompt": prompt, "dtype": dtype}
-    identity |= {"top_variance": variance, "target": target}
+    identity |= {"top_variance": variance, "target": target} | ({"within_class": True} if within_class else {})
     with progress_bar() as bar:
         task = bar.add_task("scoring", total=len(inputs))
         scores = guidance.score_dataset(
             scorer, inputs, batch_size=batch_size, seed=seed, device=device, path=out / "scores.safetensors",
-            identity=identity, progress=lambda done: bar.update(task, completed=done),
+            identity=identity, class_labels=classes, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
             f"{int((~torch.isfinite(scores)).sum())} scores are not finite: use --dtype float32 or a higher --level"
         )
-    order = scores.argsort(descending=True, stable=True)
-    top, bottom = order[:sheet].tolist(), order.flip(0)[:sheet].tolist()
-    scale = max(1, 48 // max(inputs.size))
-    evaluation.save_grid(inputs.images(top), out / "rarest.png", columns=min(10, len(top)), scale=scale)
-    evaluation.save_grid(inputs.images(bottom), out / "commonest.png", columns=min(10, len(bottom)), scale=scale)
+    top = save_sheets(inputs, scores, classes, sheet, out)
     score_figure({"data": scores}, out / "scores.png")
     record = {
         "images": len(scores), "level": scorer.level, "top_variance": variance, "draws": draws, "distance": distance,
         "quantiles": {str(q): scores.quantile(q).item() for q in (0.1, 0.5, 0.9, 0.99)} if len(scores) < 2**24 else {},
-        "rarest": [{"image": i, "score": scores[i].item()} for i in top[:20]], "out": str(out),
+        "rarest": [{"image": i, "score": scores[i].item()} for i in top[:20]], "within_class": within_class,
+        "out": str(out),
     }  # fmt: skip
     _write(out / "score.json", record)
     if as_json:
         typer.echo(json.dumps(record))
         return
+    rows = ", one row per class" if within_class else ""
     out_console.print(f"{len(scores)} images scored at alpha_bar {scorer.level:.4g}: {out / 'scores.safetensors'}")
-    out_console.print(f"look at {out / 'rarest.png'} before training: damaged or mislabelled images also score as rare")
+    out_console.print(f"look at {out / 'rarest.png'}{rows} before training: damaged or mislabelled images also score as rare")
 
 
 @app.command()
@@ -117,48 +123,52 @@ def train(
     import torch
 
     from .. import guidance
+    from .minority_report import kinds_figure
+    from .minority_setup import setup_of
 
     values, settings = guidance.read_scores(scores)
-    inputs, scorer = _scorer(
-        settings["model"], settings["data"], level=settings["level"], target=settings["target"], draws=settings["draws"],
-        distance={"squared_error": "l2", "absolute_error": "l1"}.get(settings["distance"], "lpips"),
-        prompt=settings["prompt"], device=device, dtype=dtype, batch_size=256, offline=offline,
-    )  # fmt: skip
-    if inputs.source.id != settings["data_id"]:
-        raise ValueError(f"the images of {settings['data']} are not those that were scored: score them again")
-    labels = guidance.equal_count_bins(values, bins)
+    setup = setup_of(settings, device=device, dtype=dtype, batch_size=256, offline=offline)
+    inputs, classes = setup.inputs, setup.classes
+    labels = guidance.equal_count_bins(values, bins) if classes is None else guidance.bins_within(values, classes, bins)
     classifier = guidance.MinorityClassifier(
-        inputs[[0]].shape[1:], bins, parts=parts, network=network, width=width, depth=depth, seed=seed
-    ).to(device)
+        inputs[[0]].shape[1:], bins, parts=parts, classes=None if classes is None else int(classes.max()) + 1,
+        network=network, width=width, depth=depth, seed=seed,
+    ).to(device)  # fmt: skip
     fit_settings = guidance.FitSettings(
         steps=steps, batch_size=train_batch, lr=lr, patience=patience or None, flip=flip, seed=seed
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet, kinds = out.with_name(out.stem + "-kinds.png"), []
     with progress_bar() as bar:
         if parts > 1:
             rows = (labels == bins - 1).nonzero().flatten().split(256)
             task = bar.add_task("splitting the rarest class", total=len(rows))
-            residuals = [
-                _residuals(scorer, inputs, part, device, seed + i) for i, part in enumerate(bar.track(rows, task_id=task))
-            ]
-            import torch
-
+            residuals = [setup.residuals(part, device, seed + i) for i, part in enumerate(bar.track(rows, task_id=task))]
             labels = guidance.split_rarest(labels, torch.cat(residuals), parts, seed=seed)
+            kinds = kinds_figure(inputs, values, labels, bins, sheet)
         task = bar.add_task("training", total=steps)
         checkpoint = out.with_name(out.name + ".checkpoint")
-        out.parent.mkdir(parents=True, exist_ok=True)
         report = guidance.fit(
-            classifier, inputs, labels, scorer.noise_schedule, fit_settings, checkpoint=checkpoint,
+            classifier, inputs, labels, setup.scorer.noise_schedule, fit_settings, class_labels=classes,
+            checkpoint=checkpoint,
             progress=lambda step, loss: bar.update(task, completed=step, description=f"training, loss {loss:.3f}"),
         )  # fmt: skip
-    classifier.facts = {"scores": settings, "fit": {**vars(report)}, "rarest_parts": (labels >= bins - 1).sum().item()}
+        if parts > 1:
+            bar.add_task("measuring the kinds", total=None)
+            shares = guidance.kind_shares(classifier, inputs, class_labels=classes, seed=seed, device=device).tolist()
+            kinds = [{**kind, "share": share} for kind, share in zip(kinds, shares, strict=True)]
+    classifier.facts = {"scores": settings, "fit": {**vars(report)}, "kinds": kinds}
+    classifier.facts["rarest_parts"] = (labels >= bins - 1).sum().item()
     classifier.save(out)
     checkpoint.unlink(missing_ok=True)
-    record = {"out": str(out), "bins": bins, "parts": parts, **vars(report)}
+    record = {"out": str(out), "bins": bins, "parts": parts, "kinds": kinds, **vars(report)}
     if as_json:
         typer.echo(json.dumps(record))
         return
     held = "" if report.validation_loss is None else f"; held-out loss {report.validation_loss:.3f} nats"
     out_console.print(f"{out}: {report.steps} steps, weights of step {report.best_step}{held}")
+    if kinds:
+        out_console.print(f"look at {sheet}: sample --label part:0,3 goes towards the kinds you choose, --label each to all")
 
 
 @app.command()
@@ -169,8 +179,10 @@ def sample(
     sampler: Annotated[str, typer.Option(help="Recipe text, path of a JSON schedule, or a shipped name.")] = "ddpm",
     num: Annotated[int, typer.Option(min=1, help="Images, guided and as many unguided.")] = 100,
     scale: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
-    label: Annotated[str, typer.Option(help="Bin (-1 the rarest, 0 the commonest), 'each', or 'part:K,K'.")] = "-1",
+    label: Annotated[str, typer.Option(help=LABEL_HELP)] = "-1",
     window: Annotated[str, typer.Option(help="low,high in alpha_bar: where guidance acts.")] = "0,1",
+    class_labels: ClassLabelsOption = None,
+    guidance: GuidanceOption = None,
     rejection: Annotated[int, typer.Option(min=0, help="Also draw so many times more images and keep the rarest.")] = 0,
     reference: Annotated[int, typer.Option(min=100, help="Real images to compare with.")] = 2000,
     protocol: Annotated[str, typer.Option(help="Features to compare in.")] = "fd-pixel",
@@ -183,8 +195,10 @@ def sample(
 ) -> None:
     """Sample towards the rare images, and report what came of it beside unguided samples (and rejection)."""
     from ..guidance import MinorityClassifier
+    from .minority_compare import compare_sets
     from .minority_report import write_report
-    from .minority_sampling import SampleRequest, compare_sets, sample_sets
+    from .minority_sampling import SampleRequest, sample_sets
+    from .minority_setup import setup_of
 
     low, _, high = window.partition(",")
     try:
@@ -192,22 +206,19 @@ def sample(
     except ValueError:
         raise ValueError(f"--window {window!r}: expected low,high in alpha_bar") from None
     found = MinorityClassifier.load(classifier)
-    request = SampleRequest(sampler, nfe, num, scale, chosen, bounds, rejection, batch_size, seed)
     settings = found.facts.get("scores")
     if settings is None:
         raise ValueError(f"{classifier} does not say which model and data it belongs to; train it with fewstep minority train")
-    inputs, scorer, pipe = _scorer(
-        settings["model"], settings["data"], level=settings["level"], target=settings["target"], draws=settings["draws"],
-        distance={"squared_error": "l2", "absolute_error": "l1"}.get(settings["distance"], "lpips"),
-        prompt=settings["prompt"], device=device, dtype=dtype, batch_size=batch_size, offline=offline, with_pipe=True,
-    )  # fmt: skip
-    if len(inputs) < 100:
+    labels = integers("--class-labels", class_labels)
+    request = SampleRequest(sampler, nfe, num, scale, chosen, bounds, labels, guidance, rejection, batch_size, seed)
+    setup = setup_of(settings, device=device, dtype=dtype, batch_size=batch_size, offline=offline)
+    if len(setup.inputs) < 100:
         raise ValueError(
-            f"the report compares with the rare tenth of at least 100 images; {settings['data']} has {len(inputs)}"
+            f"the report compares with the rare tenth of at least 100 images; {settings['data']} has {len(setup.inputs)}"
         )
     with progress_bar() as bar:
-        sets = sample_sets(pipe, found, request, settings, scorer, inputs, out, bar)
-        result = compare_sets(sets, inputs, scorer, out, reference=reference, protocol=protocol, seed=seed, bar=bar)
+        drawn = sample_sets(setup, found, request, settings, out, bar)
+        result = compare_sets(setup, found, drawn, out, reference=reference, protocol=protocol, seed=seed, bar=bar)
     record = {"settings": {"classifier": str(classifier), **request.to_dict()}, **result}
     _write(out / "minority.json", record)
     write_report(record, out)
@@ -222,58 +233,6 @@ def _level(text: str) -> str | float:
         return text if text == "auto" else float(text)
     except ValueError:
         raise ValueError(f"--level {text!r}: expected 'auto' or alpha_bar in (0, 1)") from None
-
-
-def _scorer(
-    model: str, data: str, *, level: str | float, target: str | None, draws: int, distance: str, prompt: str | None,
-    device: str, dtype: str, batch_size: int, offline: bool, with_pipe: bool = False,
-) -> Any:  # fmt: skip
-    """The images as the model takes them, and the scorer of that model (and the pipeline)."""
-    from .. import evaluation, guidance
-    from ..denoisers import from_pipeline
-    from ..noise import NoiseSchedule
-
-    pipe = evaluation.load_pipeline(model, device=device, dtype=dtype, offline=offline)
-    inputs = evaluation.inputs_for(pipe, evaluation.open_images(data))
-    denoiser, _, _ = from_pipeline(pipe, chunk=batch_size, **_condition(pipe, prompt))
-    noise = NoiseSchedule.from_config(pipe.scheduler.config)
-    clip = 1.0 if inputs.encode is None and pipe.scheduler.config.get("clip_sample") else None
-    scorer = guidance.MinorityScorer(denoiser, noise, level, draws, distance, target=target or "mode", clip=clip)
-    return (inputs, scorer, pipe) if with_pipe else (inputs, scorer)
-
-
-def _condition(pipe: Any, prompt: str | None) -> dict[str, Any]:
-    """Arguments of an unconditional call: the empty prompt, or the class that means "no class"."""
-    import inspect
-
-    accepted = inspect.signature(pipe.__call__).parameters
-    if prompt is not None and "prompt" not in accepted:
-        raise ValueError(f"--prompt does not apply: {type(pipe).__name__} takes no prompt")
-    given: dict[str, Any] = {"guidance_scale": 1.0} if "guidance_scale" in accepted else {}
-    if "prompt" in accepted:
-        given["prompt"] = [prompt or ""]
-    elif "class_labels" in accepted:
-        config = (getattr(pipe, "unet", None) or pipe.transformer).config
-        classes = getattr(config, "num_class_embeds", None)
-        given["class_labels"] = [classes - 1 if classes else config.num_embeds_ada_norm]
-    return given
-
-
-def _calibrated(scorer: MinorityScorer, inputs: ModelInputs, seed: int) -> tuple[MinorityScorer, float]:
-    """The scorer with its level fixed on up to 2000 of the images, and their top variance."""
-    import torch
-
-    from ..guidance import top_eigenvalue
-
-    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:2000].tolist()
-    x0 = torch.cat([inputs[rows[i : i + 64]].cpu() for i in range(0, len(rows), 64)])
-    return scorer.calibrated(x0), top_eigenvalue(x0)
-
-
-def _residuals(scorer: MinorityScorer, inputs: ModelInputs, rows: Any, device: str, seed: int) -> Any:
-    import torch
-
-    return scorer.residuals(inputs[rows.tolist()].to(device), torch.Generator().manual_seed(seed)).cpu()
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""Guided and unguided images into folders, and what can be measured about them."""
+"""Guided and unguided images into folders."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from .. import evaluation, guidance
 from ..schedulers import swap
+from .minority_setup import Setup
 
 if TYPE_CHECKING:
-    from ..evaluation import ModelInputs
-    from ..guidance import MinorityClassifier, MinorityScorer
+    from ..guidance import MinorityClassifier
 
 _RECORD = "request.json"
 
@@ -34,6 +35,8 @@ class SampleRequest:
     scale: float
     label: int | str
     window: tuple[float, float]
+    class_labels: tuple[int, ...]
+    guidance: float | None
     rejection: int
     batch_size: int
     seed: int
@@ -43,27 +46,107 @@ class SampleRequest:
         return json.loads(json.dumps(asdict(self)))
 
 
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (N, C, H, W) in [0, 1], and the class (N,) of each where rarity is within classes."""
+
+    images: Tensor
+    classes: Tensor | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The sets of images by name, and the label that guided one of them ("missing:K" resolved)."""
+
+    sets: dict[str, ImageSet]
+    label: int | str
+
+
 def sample_sets(
-    pipe: Any,
-    classifier: MinorityClassifier,
-    request: SampleRequest,
-    settings: dict[str, Any],
-    scorer: MinorityScorer,
-    inputs: ModelInputs,
-    out: Path,
-    bar: Progress,
-) -> dict[str, Tensor]:
-    """The images (num, C, H, W) in [0, 1] of every set: guided, unguided and, if asked for, rejection.
+    setup: Setup, classifier: MinorityClassifier, request: SampleRequest, settings: dict[str, Any], out: Path, bar: Progress
+) -> Drawn:
+    """Draw every set: unguided, guided and, if asked for, rejection.
 
     Raises:
-        ValueError: the folder holds another run; it is left untouched.
+        ValueError: a request that cannot be met, before anything is written; or the folder holds another run, which is left
+            untouched.
     """
-    # Refused before anything is written.
-    guidance.label_mask(classifier, request.label, 1)
+    pipe = setup.pipe
+    missing = _missing(classifier, request.label)
+    if missing is None:
+        guidance.label_mask(classifier, request.label, 1)
     guidance.check_guidance(request.scale)
     guidance.Window(*request.window)
+    what = _conditioning(setup, classifier, request, settings["prompt"])
+    with swap(pipe, request.sampler) as scheduler:
+        scheduler.set_timesteps(request.nfe, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
+    _claim(out, {**request.to_dict(), "scores": settings})
+    unguided = _folder(pipe, what, request, out / "unguided", request.num, 1, nullcontext(), bar)
+    sets = {"unguided": ImageSet(unguided, _classes(setup, what, request.num))}
+    label = request.label
+    if missing is not None:
+        real = torch.tensor([kind["share"] for kind in classifier.facts["kinds"]], dtype=torch.float64)
+        label = guidance.missing_kinds(real, kind_shares(setup, classifier, sets["unguided"], request.seed), missing)
+    guide = guidance.minority_guidance(pipe, classifier, request.scale, label, window=request.window)
+    turns = classifier.parts if label == "each" else str(label).count(",") + 1
+    guided = _folder(pipe, what, request, out / "guided", request.num, turns, guide, bar)
+    sets["guided"] = ImageSet(guided, _classes(setup, what, request.num))
+    if request.rejection:
+        total = request.num * request.rejection
+        images = _folder(pipe, what, request, out / "drawn", total, 1, nullcontext(), bar, first=request.num)
+        drawn = ImageSet(images, _classes(setup, what, total, first=request.num))
+        sets[f"rejection, 1 of {request.rejection}"] = _rarest(setup, drawn, request)
+    return Drawn(sets, label)
+
+
+def kind_shares(setup: Setup, classifier: MinorityClassifier, images: ImageSet, seed: int) -> Tensor:
+    """`guidance.kind_shares` of a set of images, (parts,)."""
+    x0 = images.images * 2 - 1
+    if setup.inputs.encode is not None:
+        x0 = torch.cat([setup.inputs.encode(part).cpu() for part in x0.split(16)])
+    device = next(classifier.parameters()).device
+    return guidance.kind_shares(classifier, x0, class_labels=images.classes, seed=seed, device=device)
+
+
+def _missing(classifier: MinorityClassifier, label: int | str) -> int | None:
+    """K of the label "missing:K"; None for other labels."""
+    name, _, number = str(label).partition(":")
+    if name != "missing":
+        return None
+    if not number.isdecimal() or not 1 <= int(number) <= classifier.parts or classifier.parts == 1:
+        raise ValueError(f"--label {label!r}: expected missing:K with K in 1..{classifier.parts}, the classifier's kinds")
+    if not classifier.facts.get("kinds"):
+        raise ValueError("this classifier's file does not know the kinds' shares of the data: train it again")
+    return int(number)
+
+
+def _conditioning(setup: Setup, classifier: MinorityClassifier, request: SampleRequest, prompt: str | None) -> Any:
+    accepted = inspect.signature(setup.pipe.__call__).parameters
+    what = evaluation.Conditioning(
+        prompts=(prompt or "",) if "prompt" in accepted else (),
+        class_labels=request.class_labels,
+        guidance=request.guidance,
+    )
+    what.check(setup.pipe)
+    if classifier.classes is None:
+        return what
+    wrong = [label for label in request.class_labels if label >= classifier.classes]
+    if wrong:
+        raise ValueError(f"--class-labels {wrong}: the classifier knows the classes 0..{classifier.classes - 1}")
+    return replace(what, class_labels=request.class_labels or tuple(range(classifier.classes)))
+
+
+def _classes(setup: Setup, what: Any, num: int, first: int = 0) -> Tensor | None:
+    """The class of every image, where it matters."""
+    if setup.classes is None:
+        return None
+    labels = torch.tensor(what.class_labels)
+    return labels[torch.arange(first, first + num) % len(labels)]
+
+
+def _claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Write down what the folder holds, or refuse one that holds something else."""
     record = out / _RECORD
-    wanted = {**request.to_dict(), "scores": settings}
     if record.is_file():
         old = json.loads(record.read_text())
         if old != wanted:
@@ -71,39 +154,27 @@ def sample_sets(
             raise ValueError(f"{out} holds another run ({', '.join(changed)} differ); choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no {_RECORD}; choose another --out")
-    guide = guidance.minority_guidance(pipe, classifier, request.scale, request.label, window=request.window)
-    what = evaluation.Conditioning(prompts=(settings["prompt"],) if settings["prompt"] else ())
-    with swap(pipe, request.sampler) as scheduler:
-        scheduler.set_timesteps(request.nfe, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
     out.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(wanted, indent=1) + "\n")
-    parts = classifier.parts if request.label == "each" else str(request.label).count(",") + 1
-    sets = {
-        "unguided": _folder(pipe, what, request, out / "unguided", request.num, 1, nullcontext(), bar),
-        "guided": _folder(pipe, what, request, out / "guided", request.num, parts, guide, bar),
-    }
-    if request.rejection:
-        total = request.num * request.rejection
-        drawn = _folder(pipe, what, request, out / "drawn", total, 1, nullcontext(), bar, first=request.num)
-        scores = _scores(drawn, inputs, scorer, request.seed)
-        sets[f"rejection, 1 of {request.rejection}"] = drawn[scores.topk(request.num).indices]
-    return sets
+
+
+def _rarest(setup: Setup, drawn: ImageSet, request: SampleRequest) -> ImageSet:
+    """The rarest of what was drawn; the rarest of every class where rarity is within classes."""
+    scores = setup.scores(drawn.images, request.seed, drawn.classes)
+    if drawn.classes is None:
+        return ImageSet(drawn.images[scores.topk(request.num).indices], None)
+    groups = [(drawn.classes == label).nonzero().flatten() for label in drawn.classes.unique()]
+    kept = torch.cat([rows[scores[rows].topk(max(1, len(rows) // request.rejection)).indices] for rows in groups])
+    return ImageSet(drawn.images[kept], drawn.classes[kept])
 
 
 def _folder(
-    pipe: Any,
-    what: Any,
-    request: SampleRequest,
-    folder: Path,
-    num: int,
-    parts: int,
-    guide: AbstractContextManager[Any],
-    bar: Progress,
-    first: int = 0,
-) -> Tensor:
-    """Sample into numbered PNGs; batches that are there are not drawn again. Batches begin at multiples of ``parts``."""
+    pipe: Any, what: Any, request: SampleRequest, folder: Path, num: int, turns: int, guide: AbstractContextManager[Any],
+    bar: Progress, first: int = 0,
+) -> Tensor:  # fmt: skip
+    """Sample into numbered PNGs; batches that are there are not drawn again. Batches begin at multiples of ``turns``."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = max(1, request.batch_size // parts) * parts
+    size = max(1, request.batch_size // turns) * turns
     task = bar.add_task(f"{folder.name} images", total=num)
     with swap(pipe, request.sampler), guide:
         for start in range(0, num, size):
@@ -120,82 +191,3 @@ def _folder(
 def _read(path: Path) -> Tensor:
     with Image.open(path) as image:
         return pil_to_tensor(image).float() / 255
-
-
-def _scores(images: Tensor, inputs: ModelInputs, scorer: MinorityScorer, seed: int) -> Tensor:
-    scores = []
-    for i, part in enumerate(images.split(64)):
-        x0 = part * 2 - 1 if inputs.encode is None else inputs.encode(part * 2 - 1)
-        scores.append(scorer(x0, torch.Generator().manual_seed(seed + i)).cpu())
-    return torch.cat(scores)
-
-
-def compare_sets(
-    sets: dict[str, Tensor],
-    inputs: ModelInputs,
-    scorer: MinorityScorer,
-    out: Path,
-    *,
-    reference: int,
-    protocol: str,
-    seed: int,
-    bar: Progress,
-) -> dict[str, Any]:
-    """Measure every set against real images and their rare tenth; writes the pictures of the report."""
-    from .minority_report import score_figure
-
-    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:reference]
-    real_images = inputs.images(rows.tolist())
-    extract = evaluation.load_extractor(protocol)
-    task = bar.add_task("measuring", total=len(sets) + 1)
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat([extract(evaluation.quantise(part)) for part in images.split(256)])
-
-    real = features(real_images)
-    rare = evaluation.rare_subset(real)
-    scores = {"data": _scores(real_images, inputs, scorer, seed)}
-    common = torch.ones(len(real), dtype=torch.bool)
-    common[rare] = False
-    bar.advance(task)
-    table: dict[str, dict[str, float]] = {}
-    # Rows of real images, halves apart: what the measures say of ordinary and of rare real images.
-    for name, chosen in (("real, common", common.nonzero().flatten()[::2]), ("real, rare", rare[::2])):
-        rest = torch.ones(len(real), dtype=torch.bool)
-        rest[chosen] = False
-        table[name] = _measures(real[chosen], real[rest], rare, rest, scores["data"][chosen])
-    for name, images in sets.items():
-        scores[name] = _scores(images, inputs, scorer, seed)
-        every = torch.ones(len(real), dtype=torch.bool)
-        table[name] = _measures(features(images), real, rare, every, scores[name])
-        scale = max(1, 48 // images.shape[-1])
-        shown = images[: 10 * min(10, max(1, len(images) // 10))]
-        evaluation.save_grid(shown, out / f"{_slug(name)}.png", columns=10, scale=scale)
-        bar.advance(task)
-    score_figure(scores, out / "scores.png")
-    pictures = {name: f"{_slug(name)}.png" for name in sets}
-    return {"features": protocol, "reference": len(real), "table": table, "pictures": pictures}
-
-
-def _measures(fake: Tensor, real: Tensor, rare: Tensor, kept: Tensor, scores: Tensor) -> dict[str, float]:
-    """One row of the table; ``real`` are the rows ``kept`` of the reference, ``rare`` rows of the whole reference."""
-    place = torch.full((len(kept),), -1)
-    place[kept] = torch.arange(int(kept.sum()))
-    tail = place[rare][place[rare] >= 0]
-    k = min(20, len(real) - 1)
-    rarity = evaluation.rarity_scores(fake, real)
-    report = evaluation.rare_subset_report(fake, real, tail)
-    return {
-        "minority_score": scores.mean().item(),
-        "average_knn": evaluation.average_knn_distance(fake, real, k=min(5, k)).mean().item(),
-        "outlier_factor": evaluation.local_outlier_factor(fake, real, k=k).mean().item(),
-        "rarity": rarity.mean,
-        "off_manifold": rarity.off_manifold,
-        "rare_precision": report.precision,
-        "rare_recall": report.recall,
-        "rare_frechet": report.frechet,
-    }
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

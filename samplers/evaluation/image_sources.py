@@ -1,4 +1,4 @@
-"""Real images by name: a folder, a zip, an npz, the shipped digits, a torchvision or a Hugging Face data set."""
+"""Real images and their classes by name: a folder, a zip, an npz, the shipped digits, torchvision or Hugging Face data."""
 
 from __future__ import annotations
 
@@ -36,12 +36,30 @@ class ImageSource:
         id: hash of what decides the content.
         length: images.
         image: image number to (C, H, W) uint8.
+        read_classes: where the source knows a class of every image, a function that gives them (N,) int64.
     """
 
     name: str
     id: str
     length: int
     image: Callable[[int], Tensor]
+    read_classes: Callable[[], Tensor] | None = None
+
+    def classes(self) -> Tensor:
+        """The class of every image, (N,) int64.
+
+        Raises:
+            ValueError: the source knows none.
+        """
+        if self.read_classes is None:
+            raise ValueError(
+                f"{self.name} knows no classes of its images: use a folder with one sub-folder per class, an npz with arr_1, "
+                "digits, torchvision:... or a datasets data set with one label column"
+            )
+        labels = self.read_classes()
+        if labels.shape != (self.length,) or int(labels.min()) < 0:
+            raise ValueError(f"{self.name} has {self.length} images and {len(labels)} class labels; none may be negative")
+        return labels
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in order, (B, C, H, W) uint8 with B up to ``size``; a batch ends where the shape changes."""
@@ -97,8 +115,10 @@ def _hash(*parts: Any) -> str:
 
 
 def _digits(source: str, split: str) -> ImageSource:
-    images = quantise((digit_images(split)[0] + 1) / 2)
-    return ImageSource(source, hashlib.sha256(images.numpy().tobytes()).hexdigest(), len(images), lambda i: images[i])
+    pixels, labels = digit_images(split)
+    images = quantise((pixels + 1) / 2)
+    identity = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    return ImageSource(source, identity, len(images), lambda i: images[i], lambda: labels.long())
 
 
 def _folder(source: str, path: Path) -> ImageSource:
@@ -109,7 +129,10 @@ def _folder(source: str, path: Path) -> ImageSource:
         with Image.open(files[i]) as image:
             return _tensor(image)
 
-    return ImageSource(source, _hash("folder", sizes), len(files), read)
+    groups = [file.relative_to(path).parts[0] for file in files if file.parent != path]
+    names = sorted(set(groups))
+    known = (lambda: torch.tensor([names.index(group) for group in groups])) if len(groups) == len(files) else None
+    return ImageSource(source, _hash("folder", sizes), len(files), read, known)
 
 
 def _zip(source: str, path: Path) -> ImageSource:
@@ -131,10 +154,12 @@ def _npz(source: str, path: Path) -> ImageSource:
         if "arr_0" not in file.files:
             raise ValueError(f"{path} has no arr_0 with images; it has {', '.join(file.files)}")
         array = file["arr_0"]
+        labels = torch.from_numpy(file["arr_1"]).long() if "arr_1" in file.files else None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
         raise ValueError(f"arr_0 of {path} must be (N, H, W, 1 or 3) uint8, not {array.shape} {array.dtype}")
     images = torch.from_numpy(array).permute(0, 3, 1, 2)
-    return ImageSource(source, hashlib.sha256(array.tobytes()).hexdigest(), len(images), lambda i: images[i])
+    known = None if labels is None else lambda: labels
+    return ImageSource(source, hashlib.sha256(array.tobytes()).hexdigest(), len(images), lambda i: images[i], known)
 
 
 def _torchvision(source: str, rest: str) -> ImageSource:
@@ -150,7 +175,10 @@ def _torchvision(source: str, rest: str) -> ImageSource:
         data = kind(root or "data", download=False, **chosen)
     except RuntimeError as error:
         raise FileNotFoundError(f"{source}: {error}; nothing is downloaded here, put the data into {root or 'data'}") from error
-    return ImageSource(source, _hash("torchvision", name, split, len(data)), len(data), lambda i: _tensor(data[i][0]))
+    found = next((labels for key in ("targets", "labels", "_labels") if (labels := getattr(data, key, None)) is not None), None)
+    known = None if found is None else lambda: torch.as_tensor(np.asarray(found)).long()
+    identity = _hash("torchvision", name, split, len(data))
+    return ImageSource(source, identity, len(data), lambda i: _tensor(data[i][0]), known)
 
 
 def _datasets(source: str, rest: str) -> ImageSource:
@@ -168,4 +196,7 @@ def _datasets(source: str, rest: str) -> ImageSource:
     column = column or next((key for key, kind in data.features.items() if isinstance(kind, datasets.Image)), "")
     if column not in data.features:
         raise ValueError(f"{source}: no image column; it has {', '.join(data.features)}")
-    return ImageSource(source, _hash("datasets", data._fingerprint, column), len(data), lambda i: _tensor(data[i][column]))
+    labels = [key for key, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
+    known = (lambda: torch.tensor(data[labels[0]])) if len(labels) == 1 else None
+    identity = _hash("datasets", data._fingerprint, column)
+    return ImageSource(source, identity, len(data), lambda i: _tensor(data[i][column]), known)

@@ -10,6 +10,7 @@ from .classifier import MinorityClassifier
 from .distances import absolute_error, feature_distance, lpips, squared_error
 from .fitting import FitReport, FitSettings, fit
 from .hooks import GuidanceRun
+from .kinds import kind_shares, missing_kinds
 from .levels import alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 from .minority import minority_guidance, self_minority_guidance
 from .prompts import PromptSettings, minority_prompt
@@ -38,11 +39,13 @@ __all__ = [
     "feature_distance",
     "fit",
     "guided_denoiser",
+    "kind_shares",
     "label_mask",
     "level_of_gain",
     "lpips",
     "minority_guidance",
     "minority_prompt",
+    "missing_kinds",
     "model_top_variance",
     "read_scores",
     "score_dataset",

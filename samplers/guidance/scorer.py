@@ -97,12 +97,13 @@ class MinorityScorer:
         return scorer
 
     @torch.no_grad()
-    def __call__(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x0: Tensor, generator: torch.Generator | None = None, class_labels: Tensor | None = None) -> Tensor:
         """Score a batch.
 
         Args:
             x0: (B, *E) floating point, in the model's units (images in [-1, 1], scaled latents).
             generator: source of the noise, on any device.
+            class_labels: (B,), to score within classes; the denoiser is then called ``denoiser(x, t, class_labels)``.
 
         Returns:
             (B,) mean distance over the draws, in x0's dtype but at least float32.
@@ -111,7 +112,7 @@ class MinorityScorer:
             ValueError: no floating-point batch; level "auto" for less than two samples.
         """
         total = None
-        for original, reconstruction in self._reconstructions(x0, generator):
+        for original, reconstruction in self._reconstructions(x0, generator, class_labels):
             distance = self.distance(original, reconstruction)
             if distance.shape != (len(x0),):
                 raise ValueError(f"the distance must give shape ({len(x0)},), got {tuple(distance.shape)}")
@@ -120,20 +121,25 @@ class MinorityScorer:
         return total / self.draws
 
     @torch.no_grad()
-    def residuals(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What reconstruction loses: the mean of ``x0 - x0hat`` over the draws, (B, *E)."""
-        return sum(x - y for x, y in self._reconstructions(x0, generator)) / self.draws
+    def residuals(self, x0: Tensor, generator: torch.Generator | None = None, class_labels: Tensor | None = None) -> Tensor:
+        """What reconstruction loses, the mean over the draws: (B, *E) of ``x0 - x0hat``, or of their features (B, F).
 
-    def _reconstructions(self, x0: Tensor, generator: torch.Generator | None):
+        The latter where the distance is one of features (it has ``features``); arguments as for a score.
+        """
+        seen = getattr(self.distance, "features", lambda x: x)
+        return sum(seen(x) - seen(y) for x, y in self._reconstructions(x0, generator, class_labels)) / self.draws
+
+    def _reconstructions(self, x0: Tensor, generator: torch.Generator | None, class_labels: Tensor | None):
         if not torch.is_tensor(x0) or not x0.is_floating_point() or x0.ndim < 2:
             raise ValueError("x0 must be a floating-point tensor (B, *E)")
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         t = time_of_alpha_bar(self.noise_schedule, self.level_for(x0))
         alpha, sigma = (value.item() for value in self.noise_schedule.alpha_sigma(t))
         device = x0.device if generator is None else generator.device
+        known = () if class_labels is None else (class_labels,)
         for _ in range(self.draws):
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=device).to(x0.device)
-            reconstruction = self.denoiser(alpha * x0 + sigma * noise, t).to(x0.dtype)
+            reconstruction = self.denoiser(alpha * x0 + sigma * noise, t, *known).to(x0.dtype)
             if self.clip is not None:
                 reconstruction = reconstruction.clamp(-self.clip, self.clip)
             yield x0, reconstruction

@@ -27,6 +27,7 @@ def score_dataset(
     device: str | torch.device = "cpu",
     path: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    class_labels: Tensor | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Score every sample.
@@ -39,6 +40,7 @@ def score_dataset(
         device: where the model is.
         path: safetensors file, written every few batches and resumed from when it exists; holds ``scores`` (N,).
         identity: JSON-native names of model and data; compared on resume.
+        class_labels: (N,), to score within classes; see `MinorityScorer`.
         progress: called with the number of samples done.
 
     Returns:
@@ -60,7 +62,8 @@ def score_dataset(
             continue
         rows = list(range(start, min(start + batch_size, n)))
         generator = torch.Generator().manual_seed((seed << 32) + b)
-        scores[rows] = scorer(data[rows].to(device), generator).float().cpu()
+        classes = None if class_labels is None else class_labels[rows].to(device)
+        scores[rows] = scorer(data[rows].to(device), generator, classes).float().cpu()
         done = rows[-1] + 1
         if path is not None and (b % _SAVE_EVERY == _SAVE_EVERY - 1 or done == n):
             _save(path, scores, done, settings)

@@ -16,8 +16,10 @@ from samplers.guidance import (
     equal_count_bins,
     feature_distance,
     fit,
+    kind_shares,
     label_mask,
     lpips,
+    missing_kinds,
     read_scores,
     score_dataset,
     split_rarest,
@@ -145,6 +147,46 @@ def test_split_of_the_rarest_bin_finds_kinds(generator):
     parts = split[labels == 9] - 9
     assert torch.equal(parts, kinds) or torch.equal(parts, 1 - kinds)
     assert torch.equal(split[labels < 9], labels[labels < 9])
+
+
+def test_shares_of_kinds_tell_what_a_model_leaves_out():
+    """Classifier probabilities that are known: kind 0 is a positive first value, kind 1 a negative one, half each of them."""
+
+    class Known:
+        bins, parts, classes = 2, 2, None
+
+        def log_prob(self, x, alpha, sigma, class_labels=None):
+            positive = (x[:, :1] > 0).double()
+            return torch.cat([torch.full_like(positive, 0.5), positive / 2, (1 - positive) / 2], dim=1).log()
+
+    data = torch.full((40, 3), 5.0)
+    data[10:] = -5.0
+    shares = kind_shares(Known(), data, batch_size=16)
+    torch.testing.assert_close(shares, torch.tensor([0.125, 0.375], dtype=torch.float64))
+    assert missing_kinds(shares, torch.tensor([0.1, 0.1])) == "part:1"  # 0.8 and 0.27 of what there should be
+    assert missing_kinds(shares, torch.tensor([0.01, 0.1]), 2) == "part:0,1"
+    for bad in (0, 3):
+        with pytest.raises(ValueError, match=r"1\.\.2"):
+            missing_kinds(shares, shares, bad)
+    with pytest.raises(ValueError, match="samples"):
+        kind_shares(Known(), data[:0])
+
+
+def test_scores_within_classes_ask_the_denoiser_about_the_class(data, generator):
+    """Each class is one mode, known to the denoiser: what is left is the distance within the mode."""
+    one = GaussianMixture(torch.tensor([[2.0, 0, 0, 0]]), torch.tensor([0.3]), torch.ones(1)).denoiser(NOISE)
+
+    def denoiser(x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        sign = (1 - 2 * class_labels)[:, None].to(x.dtype)
+        return one(x * sign, t) * sign
+
+    classes = (data[:, 0] < 0).long()
+    scorer = MinorityScorer(denoiser, NOISE, level=0.05, draws=2)
+    scores = score_dataset(scorer, data, class_labels=classes, batch_size=32)
+    plain = score_dataset(MinorityScorer(LAW.denoiser(NOISE), NOISE, level=0.05, draws=2), data, batch_size=32)
+    assert plain[classes == 1].mean() > 5 * plain[classes == 0].mean()
+    assert scores[classes == 1].mean() < 2 * scores[classes == 0].mean()
+    assert scorer.residuals(data[:4], generator(), classes[:4]).shape == (4, 4)
 
 
 class TestDataSets:

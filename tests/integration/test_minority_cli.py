@@ -66,6 +66,10 @@ def test_train(trained):
     assert classifier.facts["scores"]["data"] == "digits:test"
     assert classifier.facts["rarest_parts"] == 36
     assert not trained.with_name(trained.name + ".checkpoint").exists()
+    kinds = classifier.facts["kinds"]
+    assert sum(kind["images"] for kind in kinds) == 36
+    assert all(0 < kind["share"] < 1 for kind in kinds)
+    assert trained.with_name("classifier-kinds.png").is_file()
 
 
 def test_sample_and_report(trained, tmp_path):
@@ -89,9 +93,43 @@ def test_sample_and_report(trained, tmp_path):
     assert "scale differ" in str(other.exception)
 
 
+def test_missing_kinds_are_those_the_unguided_images_have_least_of(trained, tmp_path):
+    out = tmp_path / "run"
+    record = fewstep("sample", "--classifier", str(trained), "--nfe", "2", "--num", "12", "--out", str(out),
+                     "--label", "missing:2", "--reference", "120")  # fmt: skip
+    kinds = record["kinds"]
+    ratio = [found / real for found, real in zip(kinds["unguided"], kinds["real"], strict=True)]
+    assert record["label"] == "part:" + ",".join(str(k) for k in sorted(range(3), key=ratio.__getitem__)[:2])
+    assert f"missing:2 ({record['label']})" in (out / "report.html").read_text()
+
+
+def test_rare_within_a_class(tmp_path):
+    """Scores know the class, bins are cut in every class, images are guided within the class they are asked for."""
+    scores, classifier, out = tmp_path / "scores", tmp_path / "classifier.safetensors", tmp_path / "run"
+    fewstep("score", "--model", "digits-conditional", "--data", "digits:test", "--out", str(scores), "--draws", "1",
+            "--within-class")  # fmt: skip
+    _, settings = read_scores(scores / "scores.safetensors")
+    assert settings["within_class"] is True
+    fewstep("train", "--scores", str(scores / "scores.safetensors"), "--out", str(classifier), "--steps", "10", "--parts", "2",
+            "--width", "16", "--depth", "1", "--train-batch", "64")  # fmt: skip
+    found = MinorityClassifier.load(classifier)
+    assert found.classes == 10
+    classes = open_images("digits:test").classes()
+    assert found.facts["rarest_parts"] == sum(int(n) // 10 for n in classes.bincount())
+    arguments = ["--classifier", str(classifier), "--nfe", "2", "--num", "6", "--out", str(out), "--reference", "120"]
+    refused = runner.invoke(app, ["minority", "sample", *arguments, "--class-labels", "10"])
+    assert "knows the classes 0..9" in str(refused.exception)
+    record = fewstep("sample", *arguments, "--class-labels", "3,5,5", "--guidance", "1.5", "--rejection", "2")
+    assert set(record["table"]) >= {"guided", "rejection, 1 of 2"}
+    assert json.loads((out / "request.json").read_text())["class_labels"] == [3, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--label", "missing:4"], "1..3"),
+        (["--label", "missing"], "missing:K"),
+        (["--class-labels", "3"], "takes no class_labels"),
         (["--label", "11"], "outside -10..9"),
         (["--label", "part:7"], "0..2"),
         (["--window", "0.5"], "--window"),
@@ -116,6 +154,7 @@ def test_bad_requests_leave_no_folder(trained, tmp_path, arguments, message):
         (["score", "--data", "digits", "--out", "x", "--level", "much"], "--level"),
         (["score", "--data", "digits", "--out", "x", "--distance", "l3"], "known: l2"),
         (["score", "--data", "digits", "--out", "x", "--prompt", "a cat"], "takes no prompt"),
+        (["score", "--data", "digits", "--out", "x", "--within-class"], "needs a class-conditional model"),
         (["train", "--scores", "nowhere.safetensors", "--out", "x"], "no scores"),
         (["sample", "--classifier", "nowhere", "--nfe", "3", "--out", "x"], "no minority classifier"),
     ],
@@ -138,6 +177,23 @@ def test_images_as_the_model_takes_them(tmp_path):
     assert x.shape == (2, 1, 8, 8)
     torch.testing.assert_close(x[0], torch.full((1, 8, 8), 2 * 0.299 - 1), rtol=0, atol=1e-5)
     torch.testing.assert_close(x[1], torch.ones(1, 8, 8))
+
+
+def test_classes_of_images(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for name in ("dog/a.png", "cat/b.png", "dog/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 9).save(tmp_path / name)
+    assert open_images(str(tmp_path)).classes().tolist() == [0, 1, 1]  # cat, dog, dog: as the files are sorted
+    array = np.zeros((2, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "known.npz", arr_0=array, arr_1=np.array([4, 2]))
+    np.savez(tmp_path / "unknown.npz", arr_0=array)
+    assert open_images(str(tmp_path / "known.npz")).classes().tolist() == [4, 2]
+    with pytest.raises(ValueError, match="knows no classes"):
+        open_images(str(tmp_path / "unknown.npz")).classes()
+    assert open_images("digits:test").classes().bincount().sum() == 360
 
 
 def test_latents_of_a_pipeline_with_an_autoencoder(build, tmp_path):
