@@ -7,6 +7,7 @@ counts up from 0, one entry per network evaluation, and `step` takes logits. All
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,22 @@ class DiscreteSolverScheduler(SchedulerMixin, ConfigMixin):
         self._warned = False
         self._tables = {int(nfe): DiscreteTable.from_dict(data) for nfe, data in (tables or {}).items()}
         self._start(num_inference_steps, None)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers. Corrector sweeps of the source are switched off: pipelines would ask for them by its settings.
+
+        Warns:
+            UserWarning: the source made corrector sweeps.
+        """
+        if isinstance(config, Mapping) and config.get("corrector_steps"):
+            warnings.warn(
+                f"the corrector sweeps of the former scheduler (corrector_steps={config['corrector_steps']}) are switched off: "
+                "every network evaluation is a step here",
+                stacklevel=2,
+            )
+            config = {**config, "corrector_steps": 0}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _start(self, nfe: int, device: torch.device | str | None) -> None:
         self.num_inference_steps = nfe

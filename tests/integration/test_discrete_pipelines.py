@@ -175,6 +175,58 @@ def gemma_loop(scheduler, model, x, steps, generator):
     return x
 
 
+def tiny_gemma():
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text = small | {"vocab_size": 40, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
+    text |= {"sliding_window": 16, "max_position_embeddings": 64}
+    vision = small | {"num_hidden_layers": 1, "position_embedding_size": 4}
+    symbols = {"image_token_id": 39, "boi_token_id": 37, "eoi_token_id": 38}
+    torch.manual_seed(0)
+    return DiffusionGemmaForBlockDiffusion(
+        DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=6, **symbols)
+    ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_diffusion_gemma_runs_unchanged():
+    from diffusers import DiffusionGemmaPipeline, DiscreteDDIMScheduler
+
+    class Template:
+        eos_token_id = None
+
+        def apply_chat_template(self, messages, **_):
+            return {"input_ids": torch.tensor([[1, 2, 3]])}
+
+    table = DiscreteTable("uniform", "tweedie", (1.0, 0.7, 0.5, 0.2, 0.0), temp=(0.8, 1.0, 1.4, 1.2))
+    model, calls = tiny_gemma(), []
+    with pytest.warns(UserWarning, match="corrector_steps=2"):
+        scheduler = DiscreteSolverScheduler.from_config(
+            DiscreteDDIMScheduler(corrector_steps=2).config, tables={"4": table.to_dict()}
+        )
+    pipe = DiffusionGemmaPipeline(model=model, scheduler=scheduler, processor=Template())
+    pipe.set_progress_bar_config(disable=True)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    sequences = [
+        pipe(
+            prompt="x",
+            gen_length=12,
+            num_inference_steps=4,
+            confidence_threshold=None,
+            output_type="seq",
+            generator=torch.Generator().manual_seed(seed),
+        ).sequences
+        for seed in (0, 0, 1)
+    ]
+    assert len(calls) == 3 * 2 * 4  # two canvases a call, each with exactly the evaluations asked for
+    assert sequences[0].shape == (1, 12)
+    assert torch.equal(sequences[0], sequences[1])
+    assert not torch.equal(sequences[0], sequences[2])
+
+
 def test_uniform_pipelines_keep_the_tables_temperature():
     from diffusers import DiscreteDDIMScheduler
 
