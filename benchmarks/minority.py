@@ -4,7 +4,8 @@
     python benchmarks/minority.py --table
 
 Results go to ``benchmarks/results/minority-PART.json`` after every row; the same command continues an interrupted run.
-``--sampler`` names the samplers of the rows at 10 network evaluations: recipe text, a JSON schedule or a shipped name.
+``--sampler`` names the samplers of the rows at 10 network evaluations: recipe text or a JSON schedule; by default two recipes
+and the schedule that ``benchmarks/minority_schedules.py`` found for the part's model, if it is there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from minority_record import Record
 PARTS = ("mixture", "digits", "cifar")
 RESULTS = Path(__file__).parent / "results"
 SAMPLERS = ["ddpm", "dpmpp:order=2"]
+MODELS = {"mixture": "mixture", "digits": "digits-planted", "cifar": "cifar16-thinned"}
+
+
+def samplers_of(part: str, given: list[str] | None) -> list[str]:
+    """The samplers of the rows at few evaluations."""
+    found = RESULTS / f"minority-{MODELS[part]}-nfe10.json"
+    return given or SAMPLERS + ([str(found)] if found.is_file() else [])
 
 
 def fill_page(page: Path, records: dict[str, Record]) -> None:
@@ -43,7 +51,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument("--page", type=Path, help="also write the tables into this page")
     args = parser.parse_args()
-    parts, samplers = args.part or PARTS[:2], args.sampler or SAMPLERS
+    parts = args.part or PARTS[:2]
     if "cifar" in parts and args.data is None and not args.table:
         parser.error("--part cifar needs --data, the CIFAR-10 file of benchmarks/models/train_cifar16_thinned.py")
     records = {part: Record(RESULTS / f"minority-{part}.json") for part in parts}
@@ -53,6 +61,7 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         for seed in range(args.seeds):
             for part in parts:
+                samplers = samplers_of(part, args.sampler)
                 if part == "cifar":
                     rows = minority_cifar.rows(seed, samplers, args.work, args.data)
                 else:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from minority_record import Row
+from minority_record import Row, named
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,10 +27,18 @@ from samplers.guidance import (
     FitSettings,
     MinorityClassifier,
     MinorityScorer,
+    NetworkFeatures,
+    Whitening,
+    alpha_bar_of_snr,
     equal_count_bins,
+    feature_distance,
     fit,
+    kind_shares,
     minority_guidance,
+    missing_kinds,
     split_rarest,
+    squared_error,
+    top_eigenvalue,
 )
 from samplers.reference import load_folder
 from samplers.schedulers import swap
@@ -38,8 +46,9 @@ from samplers.schedulers import swap
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from train_cifar16_thinned import COMMON, RARE, thinned_images
 
-COUNT, STEPS, FEW, PARTS, DRAWS, SAMPLED = 200, 50, 10, 8, 5, 10_000
-FIT = {"steps": 1500, "batch_size": 128, "lr": 1e-3, "flip": True}
+COUNT, STEPS, FEW, PARTS, CHOSEN, DRAWS, SNR, PLACES = 100, 50, 10, 16, 3, 2, 0.4, 1
+FIT = {"steps": 1000, "batch_size": 128, "lr": 1e-3, "flip": True}
+LEVELS = (0.1, 0.4, 2.0)  # signal-to-noise ratios at which squared error is tried, on all rare and some common images
 JUDGE_STEPS = 1500
 MODEL = Path(__file__).parent / "models" / "cifar16-thinned"
 
@@ -95,25 +104,78 @@ class Cifar:
         self.pipe = load_folder(MODEL)
         self.noise = NoiseSchedule.from_config(self.pipe.scheduler.config)
         self.judge = trained_judge(data, cache / "cifar-judge.safetensors")
-        images, classes = thinned_images(data)
-        keep = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SAMPLED]
-        keep = torch.cat([keep, torch.isin(classes, torch.tensor([*RARE])).nonzero().flatten()]).unique()
-        self.data, self.classes = images[keep], classes[keep]  # all rare images and a sample of the common ones
-        denoiser = from_network(self.pipe.unet, self.noise)
-        self.scorer = MinorityScorer(denoiser, self.noise, draws=DRAWS, clip=1.0).calibrated(images[:4000])
+        self.data, self.classes = thinned_images(data)
+        self.denoiser = from_network(self.pipe.unet, self.noise)
+        self.top_variance = top_eigenvalue(self.data[:4000])
+
+    def scorer(self, snr: float, **settings: Any) -> MinorityScorer:
+        """A scorer at this signal-to-noise ratio of the leading direction."""
+        return MinorityScorer(
+            self.denoiser, self.noise, alpha_bar_of_snr(snr, self.top_variance), draws=DRAWS, clip=1.0, **settings
+        )
 
     def _batches(self, one: Callable[..., Tensor], x: Tensor, offset: int) -> Tensor:
         generator = torch.Generator().manual_seed(offset)
         return torch.cat([one(part, generator) for part in x.split(256)])
 
     @cached_property
-    def labels(self) -> Tensor:
-        path = self.cache / "cifar-labels.pt"
+    def lost_features(self) -> Callable[[Tensor, int], Tensor]:
+        """What reconstruction loses of images' features, (N, F)."""
+        seen = NetworkFeatures(self.pipe.unet, self.denoiser, self.noise, places=PLACES)
+        scorer = self.scorer(SNR, distance=feature_distance(seen))
+        return lambda x, offset: self._batches(scorer.residuals, x, offset)
+
+    @cached_property
+    def whitened(self) -> tuple[Whitening, Tensor]:
+        """The whitening of what is lost, and of all training images what is lost, whitened (N, F)."""
+        path = self.cache / "cifar-lost.safetensors"
         if not path.is_file():
-            bins = equal_count_bins(self._batches(self.scorer, self.data, 0), 10)
-            residuals = self._batches(self.scorer.residuals, self.data[bins == 9], 1)
-            torch.save(split_rarest(bins, residuals, PARTS), path)
-        return torch.load(path, weights_only=True)
+            save_file({"lost": self.lost_features(self.data, 0)}, path)
+        lost = load_file(path)["lost"]
+        whitening = Whitening.fit(lost)
+        return whitening, whitening(lost)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """Scores of all training images."""
+        return self.whitened[1].square().sum(1)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Bins of the scores, the rarest split into kinds."""
+        path = self.cache / "cifar-labels.safetensors"
+        if not path.is_file():
+            bins = equal_count_bins(self.scores, 10)
+            save_file({"labels": split_rarest(bins, self.whitened[1][bins == 9], PARTS)}, path)
+        return load_file(path)["labels"]
+
+    def ranks(self, scores: Tensor, rows: Tensor) -> Row:
+        """How often a score puts an image of a rare class above a common one."""
+        classes = self.classes[rows]
+        common = scores[torch.isin(classes, torch.tensor([*COMMON]))]
+        above = lambda label: (scores[classes == label][:, None] > common).double().mean().item()  # noqa: E731
+        return {f"AUC {name}": above(label) for label, name in RARE.items()}
+
+    def some(self) -> Tensor:
+        """Rows of all rare images and of 1500 common ones."""
+        rare = torch.isin(self.classes, torch.tensor([*RARE]))
+        common = (~rare).nonzero().flatten()
+        picked = common[torch.randperm(len(common), generator=torch.Generator().manual_seed(self.seed))[:1500]]
+        return torch.cat([rare.nonzero().flatten(), picked])
+
+    @cached_property
+    def chosen_parts(self) -> str:
+        """The kinds that a look at their training images would choose: those with the most images of the rare classes."""
+        rare = torch.isin(self.classes, torch.tensor([*RARE])).double()
+        shares = torch.stack([rare[self.labels == 9 + k].mean() for k in range(PARTS)])
+        return "part:" + ",".join(map(str, shares.topk(CHOSEN).indices.tolist()))
+
+    @cached_property
+    def missing_parts(self) -> str:
+        """The kinds that the model makes least of, by 500 unguided images; no class label is looked at."""
+        drawn = self.draw("ddpm", FEW, count=500)
+        real = kind_shares(self.classifier, self.data)
+        return missing_kinds(real, kind_shares(self.classifier, drawn), CHOSEN)
 
     @cached_property
     def classifier(self) -> MinorityClassifier:
@@ -144,8 +206,9 @@ class Cifar:
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
     def rejection(self, candidates: int, text: str, steps: int) -> Tensor:
+        """The rarest of several times as many images; what scoring them costs is not counted."""
         drawn = self.draw(text, steps, count=COUNT * candidates)
-        return drawn[self._batches(self.scorer, drawn, 2).topk(COUNT).indices]
+        return drawn[self.whitened[0](self.lost_features(drawn, 2)).square().sum(1).topk(COUNT).indices]
 
 
 def rows(seed: int, samplers: list[str], cache: Path, data: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -153,24 +216,42 @@ def rows(seed: int, samplers: list[str], cache: Path, data: Path) -> Iterator[tu
     cifar = Cifar(seed, cache, data)
     images, labels = _split(data, "test")
 
-    def drawn(text: str, steps: int, **guidance: Any) -> Callable[[], Row]:
-        guide = (lambda: minority_guidance(cifar.pipe, cifar.classifier, **guidance)) if guidance else None
+    def drawn(text: str, steps: int, label: Callable[[], Any] | None = None, scale: float = 4.0) -> Callable[[], Row]:
+        guide = (lambda: minority_guidance(cifar.pipe, cifar.classifier, scale, label())) if label else None
         return lambda: cifar.measure(cifar.draw(text, steps, guide))
+
+    def ranked(snr: float) -> Row:
+        picked = cifar.some()
+        scorer = cifar.scorer(snr, distance=squared_error)
+        return cifar.ranks(cifar._batches(scorer, cifar.data[picked], seed), picked)
 
     common = torch.isin(labels, torch.tensor([*COMMON]))
     yield "judge on common test images", lambda: cifar.rare(images[common])
     for label, name in RARE.items():
         yield f"judge on test images of {name}", lambda label=label: cifar.rare(images[labels == label])
-    tenth = lambda: cifar.classes[cifar.labels >= 9]  # noqa: E731
-    yield (
-        "rarest tenth of the data (true labels; rare classes are kept in full, common ones sampled)",
-        lambda: {name: (tenth() == label).double().mean().item() for label, name in RARE.items()},
-    )
+    for snr in LEVELS:
+        yield f"score by squared error, SNR_1 = {snr:g}", lambda snr=snr: ranked(snr)
+    every = torch.arange(len(cifar.data))
+    yield f"score by whitened features, SNR_1 = {SNR:g}", lambda: cifar.ranks(cifar.scores, every)
+
+    def among(chosen: Tensor) -> Row:
+        found = {name: (cifar.classes[chosen] == label).double().mean().item() for label, name in RARE.items()}
+        return {**found, "both": sum(found.values())}
+
+    yield "rarest tenth of the data, by features (true labels)", lambda: among(cifar.labels >= 9)
+    kinds = lambda: torch.isin(cifar.labels - 9, torch.tensor([int(k) for k in cifar.chosen_parts[5:].split(",")]))  # noqa: E731
+    yield "the chosen kinds' training images (true labels)", lambda: among(kinds())
+    whole, each = lambda: -1, lambda: "each"
+    chosen, missing = lambda: cifar.chosen_parts, lambda: cifar.missing_parts
     yield f"unguided, {STEPS} NFE", drawn("ddpm", STEPS)
     yield f"rejection, 1 of 5, ddpm, {FEW} NFE", lambda: cifar.measure(cifar.rejection(5, "ddpm", FEW))
-    for w in (2.0, 4.0, 8.0):
-        yield f"rarest bin, w={w:g}", drawn("ddpm", STEPS, scale=w)
-    yield "each kind in turn, w=4", drawn("ddpm", STEPS, scale=4.0, label="each")
+    for w in (2.0, 4.0):
+        yield f"rarest bin, w={w:g}", drawn("ddpm", STEPS, whole, w)
+    yield "each kind in turn, w=4", drawn("ddpm", STEPS, each)
+    yield f"{CHOSEN} most missing kinds in turn, w=4", drawn("ddpm", STEPS, missing)
+    yield f"{CHOSEN} chosen kinds in turn, w=4", drawn("ddpm", STEPS, chosen)
     for text in samplers:
-        yield f"unguided, {text}, {FEW} NFE", drawn(text, FEW)
-        yield f"rarest bin, w=4, {text}, {FEW} NFE", drawn(text, FEW, scale=4.0)
+        name = named(text)
+        yield f"unguided, {name}, {FEW} NFE", drawn(text, FEW)
+        yield f"rarest bin, w=4, {name}, {FEW} NFE", drawn(text, FEW, whole)
+        yield f"{CHOSEN} chosen kinds in turn, w=4, {name}, {FEW} NFE", drawn(text, FEW, chosen)

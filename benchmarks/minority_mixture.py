@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minority_record import Row
+from minority_record import Row, named
 from scipy.stats import chi2
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -137,6 +137,6 @@ def rows(seed: int, samplers: list[str], cache: Path) -> Iterator[tuple[str, Cal
     for skip in (30, 40):
         yield f"Boost-and-Skip, gamma=4, skip {skip}", lambda skip=skip: problem.measure(problem.boosted(skip)[0])
     for text in samplers:
-        yield f"unguided, {text}, {FEW} NFE", lambda text=text: problem.measure(problem.draw(text, FEW))
+        yield f"unguided, {named(text)}, {FEW} NFE", lambda text=text: problem.measure(problem.draw(text, FEW))
         for w in (4.0, 8.0):
-            yield f"rarest bin, w={w:g}, {text}, {FEW} NFE", guided(text, FEW, scale=w)
+            yield f"rarest bin, w={w:g}, {named(text)}, {FEW} NFE", guided(text, FEW, scale=w)

@@ -10,6 +10,11 @@ from pathlib import Path
 Row = dict[str, float]
 
 
+def named(sampler: str) -> str:
+    """How a table calls a sampler: recipe text as it is, a schedule file by what it is."""
+    return "searched schedule" if sampler.endswith(".json") else sampler
+
+
 class Record:
     """Results by row and seed; written after every row, so that an interrupted run goes on where it stopped."""
 

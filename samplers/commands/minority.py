@@ -41,7 +41,7 @@ def score(
     level: Annotated[str, typer.Option(help="'auto', or the share of signal alpha_bar in (0, 1).")] = "auto",
     target: Annotated[str, typer.Option(help="What 'auto' looks for: mode (rare kinds) or typicality.")] = "mode",
     draws: Annotated[int, typer.Option(min=1, help="Noises per image.")] = 16,
-    distance: Annotated[str, typer.Option(help="l2, l1 or lpips.")] = "l2",
+    distance: Annotated[str, typer.Option(help="l2, l1, lpips, or features: what the model's own blocks see.")] = "l2",
     sheet: Annotated[int, typer.Option(min=1, help="Images on the contact sheet.")] = 100,
     within_class: Annotated[
         bool, typer.Option("--within-class", help="Rare for its class: class-conditional model, images whose class is known.")
@@ -59,7 +59,7 @@ def score(
 
     from .. import guidance
     from .minority_report import save_sheets, score_figure
-    from .minority_setup import open_setup
+    from .minority_setup import load_whitening, open_setup
 
     setup = open_setup(
         model, data, level=_level(level), target=target, draws=draws, distance=distance, prompt=prompt,
@@ -71,6 +71,12 @@ def score(
     identity = {"model": model, "data": data, "data_id": inputs.source.id, "prompt": prompt, "dtype": dtype}
     identity |= {"top_variance": variance, "target": target} | ({"within_class": True} if within_class else {})
     with progress_bar() as bar:
+        if distance == "features":
+            task = bar.add_task("whitening the features", total=None)
+            advance = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            scorer = scorer.whitened(
+                load_whitening(out, setup.with_scorer(scorer), {**scorer.settings, **identity}, device, seed, advance)
+            )
         task = bar.add_task("scoring", total=len(inputs))
         scores = guidance.score_dataset(
             scorer, inputs, batch_size=batch_size, seed=seed, device=device, path=out / "scores.safetensors",
@@ -124,10 +130,11 @@ def train(
 
     from .. import guidance
     from .minority_report import kinds_figure
-    from .minority_setup import setup_of
+    from .minority_setup import read_whitening, setup_of
 
     values, settings = guidance.read_scores(scores)
-    setup = setup_of(settings, device=device, dtype=dtype, batch_size=256, offline=offline)
+    tensors = read_whitening(scores.parent) if settings.get("whitened") else {}
+    setup = setup_of(settings, tensors, device=device, dtype=dtype, batch_size=256, offline=offline)
     inputs, classes = setup.inputs, setup.classes
     labels = guidance.equal_count_bins(values, bins) if classes is None else guidance.bins_within(values, classes, bins)
     classifier = guidance.MinorityClassifier(
@@ -159,6 +166,7 @@ def train(
             kinds = [{**kind, "share": share} for kind, share in zip(kinds, shares, strict=True)]
     classifier.facts = {"scores": settings, "fit": {**vars(report)}, "kinds": kinds}
     classifier.facts["rarest_parts"] = (labels >= bins - 1).sum().item()
+    classifier.tensors = tensors
     classifier.save(out)
     checkpoint.unlink(missing_ok=True)
     record = {"out": str(out), "bins": bins, "parts": parts, "kinds": kinds, **vars(report)}
@@ -211,7 +219,7 @@ def sample(
         raise ValueError(f"{classifier} does not say which model and data it belongs to; train it with fewstep minority train")
     labels = integers("--class-labels", class_labels)
     request = SampleRequest(sampler, nfe, num, scale, chosen, bounds, labels, guidance, rejection, batch_size, seed)
-    setup = setup_of(settings, device=device, dtype=dtype, batch_size=batch_size, offline=offline)
+    setup = setup_of(settings, found.tensors, device=device, dtype=dtype, batch_size=batch_size, offline=offline)
     if len(setup.inputs) < 100:
         raise ValueError(
             f"the report compares with the rare tenth of at least 100 images; {settings['data']} has {len(setup.inputs)}"

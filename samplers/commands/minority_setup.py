@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import evaluation, guidance
@@ -19,9 +23,12 @@ from ..parametrization import to_x0
 
 if TYPE_CHECKING:
     from ..evaluation import ModelInputs
-    from ..guidance import MinorityScorer
+    from ..guidance import MinorityScorer, Whitening
 
-NAMES = {"squared_error": "l2", "absolute_error": "l1"}  # of distances, as a score file names them
+# Distances as a score file names them.
+NAMES = {"squared_error": "l2", "absolute_error": "l1", "feature_distance(NetworkFeatures)": "features"}
+_WHITENING_FILE = "whitening.safetensors"
+WHITENING = ("whitening.mean", "whitening.matrix")  # among a classifier's tensors
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,27 @@ class Setup:
 
     def calibrated(self, seed: int) -> tuple[MinorityScorer, float]:
         """The scorer with its level fixed on up to 2000 of the images, and their top variance."""
-        rows = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(seed))[:2000].tolist()
+        rows = self._some(2000, seed).tolist()
         x0 = torch.cat([self.inputs[rows[i : i + 64]].cpu() for i in range(0, len(rows), 64)])
         return self.scorer.calibrated(x0), guidance.top_eigenvalue(x0)
+
+    def whitening(self, device: str, seed: int, progress: Callable[[int, int], None]) -> Whitening:
+        """Fitted to what reconstruction loses of ten times as many images as that has values, or of all there are."""
+        first = self.residuals(self._some(64, seed), device, seed)
+        rows = self._some(max(2000, 10 * first.shape[1]), seed)
+        lost, done = [], 0
+        for i, part in enumerate(rows.split(64)):
+            lost.append(self.residuals(part, device, seed + i))
+            done += len(part)
+            progress(done, len(rows))
+        return guidance.Whitening.fit(torch.cat(lost))
+
+    def with_scorer(self, scorer: MinorityScorer) -> Setup:
+        """The same with another scorer."""
+        return replace(self, scorer=scorer)
+
+    def _some(self, count: int, seed: int) -> Tensor:
+        return torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(seed))[:count]
 
     def residuals(self, rows: Tensor, device: str, seed: int) -> Tensor:
         """What reconstruction loses of these images."""
@@ -77,18 +102,23 @@ def open_setup(
     pipe = evaluation.load_pipeline(model, device=device, dtype=dtype, offline=offline)
     inputs = evaluation.inputs_for(pipe, source)
     noise = NoiseSchedule.from_config(pipe.scheduler.config)
-    if classes is None:
-        denoiser, _, _ = from_pipeline(pipe, chunk=batch_size, **_no_condition(pipe, prompt))
-    else:
+    plain, _, _ = from_pipeline(pipe, chunk=batch_size, **_no_condition(pipe, prompt))
+    denoiser: Any = plain
+    if classes is not None:
         _check_classes(pipe, model, classes)
         denoiser = _class_denoiser(pipe, noise)
+    measure: Any = distance
+    if distance == "features":
+        measure = guidance.feature_distance(guidance.NetworkFeatures(network_of(pipe), plain, noise))
     clip = 1.0 if inputs.encode is None and pipe.scheduler.config.get("clip_sample") else None
-    scorer = guidance.MinorityScorer(denoiser, noise, level, draws, distance, target=target or "mode", clip=clip)
+    scorer = guidance.MinorityScorer(denoiser, noise, level, draws, measure, target=target or "mode", clip=clip)
     return Setup(pipe, inputs, scorer, classes)
 
 
-def setup_of(settings: Mapping[str, Any], *, device: str, dtype: str, batch_size: int, offline: bool) -> Setup:
-    """The setup that a file of scores was made with.
+def setup_of(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, device: str, dtype: str, batch_size: int, offline: bool
+) -> Setup:
+    """The setup that a file of scores was made with; ``tensors`` hold the whitening, if there is one.
 
     Raises:
         ValueError: the images are not those that were scored.
@@ -100,7 +130,40 @@ def setup_of(settings: Mapping[str, Any], *, device: str, dtype: str, batch_size
     )  # fmt: skip
     if setup.inputs.source.id != settings["data_id"]:
         raise ValueError(f"the images of {settings['data']} are not those that were scored: score them again")
-    return setup
+    if not settings.get("whitened"):
+        return setup
+    return setup.with_scorer(setup.scorer.whitened(guidance.Whitening(*(tensors[name] for name in WHITENING))))
+
+
+def load_whitening(
+    folder: Path, setup: Setup, identity: Mapping[str, Any], device: str, seed: int, progress: Callable[[int, int], None]
+) -> Whitening:
+    """The whitening kept in the folder of a run with the same settings, or a new one, which is kept there."""
+    path, wanted = folder / _WHITENING_FILE, json.dumps({**identity, "seed": seed}, sort_keys=True)
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("settings") == wanted:
+                return guidance.Whitening(*(file.get_tensor(name) for name in WHITENING))
+        raise ValueError(f"{path} belongs to another run; choose another --out")
+    found = setup.whitening(device, seed, progress)
+    partial = path.with_name(path.name + ".part")
+    save_file(
+        dict(zip(WHITENING, (found.mean, found.matrix.contiguous()), strict=True)), partial, metadata={"settings": wanted}
+    )
+    partial.replace(path)
+    return found
+
+
+def read_whitening(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the whitening beside a file of scores.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path = folder / _WHITENING_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: it was written beside the scores and belongs to them")
+    return load_file(path)
 
 
 def _check_classes(pipe: Any, model: str, classes: Tensor) -> None:

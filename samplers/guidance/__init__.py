@@ -8,6 +8,7 @@ from .bins import bins_within, equal_count_bins, split_rarest
 from .boosting import boost_gain, level_of_gain, model_top_variance
 from .classifier import MinorityClassifier
 from .distances import absolute_error, feature_distance, lpips, squared_error
+from .features import NetworkFeatures, Whitening
 from .fitting import FitReport, FitSettings, fit
 from .hooks import GuidanceRun
 from .kinds import kind_shares, missing_kinds
@@ -26,7 +27,9 @@ __all__ = [
     "GuidanceRun",
     "MinorityClassifier",
     "MinorityScorer",
+    "NetworkFeatures",
     "PromptSettings",
+    "Whitening",
     "Window",
     "absolute_error",
     "alpha_bar_of_snr",

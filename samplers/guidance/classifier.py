@@ -19,6 +19,7 @@ from .networks import HalfUNet, ResidualMLP
 
 FORMAT = "minority-classifier/1"
 NETWORKS = ("mlp", "unet")
+_OTHER = "tensors/"  # before the names of tensors that are no weights
 _MLP_UP_TO = 256  # values per sample for which "auto" takes the MLP
 
 
@@ -34,6 +35,7 @@ class MinorityClassifier(nn.Module):
         parts: into how many kinds the rarest bin is split (`split_rarest`); 1 is the plain method.
         classes: number of conditional classes, or None.
         facts: JSON-native notes that travel with the file (scorer's settings, top variance of the data, ...).
+        tensors: by name, that travel with the file too (a scorer's whitening).
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class MinorityClassifier(nn.Module):
         self.width = width or (256 if network == "mlp" else 64)
         self.depth = depth or (3 if network == "mlp" else 2)
         self.facts: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
         outputs, sizes = bins - 1 + parts, {"width": self.width, "depth": self.depth}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -141,6 +144,7 @@ class MinorityClassifier(nn.Module):
         }  # fmt: skip
         partial = path.with_name(path.name + ".part")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        weights |= {_OTHER + name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
         save_file(weights, partial, metadata={"config": json.dumps(config)})
         partial.replace(path)
         return path
@@ -164,6 +168,8 @@ class MinorityClassifier(nn.Module):
         config.pop("format")
         facts, shape = config.pop("facts"), config.pop("shape")
         classifier = cls(shape, config.pop("bins"), **config)
+        others = {name for name in weights if name.startswith(_OTHER)}
+        classifier.tensors = {name.removeprefix(_OTHER): weights.pop(name) for name in others}
         classifier.load_state_dict(weights)
         classifier.facts = facts
         return classifier.eval()

@@ -35,6 +35,7 @@ def feature_distance(features: Callable[[Tensor], Tensor]) -> Distance:
         return squared_error(features(x), features(y))
 
     distance.__name__ = f"feature_distance({getattr(features, '__name__', type(features).__name__)})"
+    distance.features = features  # type: ignore[attr-defined] - for residuals
     return distance
 
 

@@ -65,7 +65,10 @@ def kind_shares(
 
 
 def missing_kinds(real: Tensor, generated: Tensor, count: int = 1) -> str:
-    """The guidance label of the kinds that the model makes least of, by generated over real share.
+    """The guidance label of the kinds that the model most certainly makes too little of.
+
+    They are ordered by (real - generated) / sqrt(real): what is missing in standard errors of the generated share, so that a
+    kind of few images is not chosen for the chance that hardly any of it came.
 
     Args:
         real: (parts,) `kind_shares` of the data.
@@ -82,5 +85,5 @@ def missing_kinds(real: Tensor, generated: Tensor, count: int = 1) -> str:
         raise ValueError(f"shares must both be (parts,), got {tuple(real.shape)} and {tuple(generated.shape)}")
     if not 1 <= count <= len(real):
         raise ValueError(f"count must lie in 1..{len(real)}, the number of kinds, got {count}")
-    order = (generated / real.clamp(min=1e-12)).argsort(stable=True)
+    order = ((real - generated) / real.clamp(min=1e-12).sqrt()).argsort(descending=True, stable=True)
     return "part:" + ",".join(str(k) for k in order[:count].tolist())

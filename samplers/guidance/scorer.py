@@ -14,6 +14,7 @@ from torch import Tensor
 from ..engine import Denoiser
 from ..noise import NoiseSchedule
 from .distances import Distance, distance_named
+from .features import Whitening
 from .levels import TARGET_SNR, alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 
 
@@ -68,6 +69,7 @@ class MinorityScorer:
         self.denoiser, self.noise_schedule, self.draws, self.clip = denoiser, noise_schedule, draws, clip
         self.level: str | float = level if isinstance(level, str) else float(level)
         self.distance, self.target = distance_named(distance), target
+        self.whitening: Whitening | None = None
 
     @property
     def settings(self) -> dict[str, str | float | int | None]:
@@ -78,7 +80,7 @@ class MinorityScorer:
             "distance": getattr(self.distance, "__name__", type(self.distance).__name__),
             "target": self.target if self.level == "auto" else None,
             "clip": self.clip,
-        }
+        } | ({} if self.whitening is None else {"whitened": True})
 
     def level_for(self, x0: Tensor) -> float:
         """The share of signal alpha_bar that ``x0`` (B, *E) is scored at.
@@ -96,6 +98,16 @@ class MinorityScorer:
         scorer.level = self.level_for(x0)
         return scorer
 
+    def whitened(self, whitening: Whitening) -> MinorityScorer:
+        """The same scorer with what reconstruction loses whitened: its squared length is then the score.
+
+        Fit the whitening to `residuals` of several times as many samples as they have values. It is of use with a distance of
+        features (`NetworkFeatures`), of which a few leading directions would otherwise decide the score.
+        """
+        scorer = copy.copy(self)
+        scorer.whitening = whitening
+        return scorer
+
     @torch.no_grad()
     def __call__(self, x0: Tensor, generator: torch.Generator | None = None, class_labels: Tensor | None = None) -> Tensor:
         """Score a batch.
@@ -111,6 +123,8 @@ class MinorityScorer:
         Raises:
             ValueError: no floating-point batch; level "auto" for less than two samples.
         """
+        if self.whitening is not None:
+            return self.residuals(x0, generator, class_labels).square().sum(1)
         total = None
         for original, reconstruction in self._reconstructions(x0, generator, class_labels):
             distance = self.distance(original, reconstruction)
@@ -124,10 +138,12 @@ class MinorityScorer:
     def residuals(self, x0: Tensor, generator: torch.Generator | None = None, class_labels: Tensor | None = None) -> Tensor:
         """What reconstruction loses, the mean over the draws: (B, *E) of ``x0 - x0hat``, or of their features (B, F).
 
-        The latter where the distance is one of features (it has ``features``); arguments as for a score.
+        The latter where the distance is one of features (it has ``features``); whitened in a `whitened` scorer. Arguments as
+        for a score.
         """
         seen = getattr(self.distance, "features", lambda x: x)
-        return sum(seen(x) - seen(y) for x, y in self._reconstructions(x0, generator, class_labels)) / self.draws
+        lost = sum(seen(x) - seen(y) for x, y in self._reconstructions(x0, generator, class_labels)) / self.draws
+        return lost if self.whitening is None else self.whitening(lost).to(lost.dtype)
 
     def _reconstructions(self, x0: Tensor, generator: torch.Generator | None, class_labels: Tensor | None):
         if not torch.is_tensor(x0) or not x0.is_floating_point() or x0.ndim < 2:

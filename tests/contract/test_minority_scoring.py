@@ -163,8 +163,10 @@ def test_shares_of_kinds_tell_what_a_model_leaves_out():
     data[10:] = -5.0
     shares = kind_shares(Known(), data, batch_size=16)
     torch.testing.assert_close(shares, torch.tensor([0.125, 0.375], dtype=torch.float64))
-    assert missing_kinds(shares, torch.tensor([0.1, 0.1])) == "part:1"  # 0.8 and 0.27 of what there should be
-    assert missing_kinds(shares, torch.tensor([0.01, 0.1]), 2) == "part:0,1"
+    assert missing_kinds(shares, torch.tensor([0.1, 0.1])) == "part:1"
+    assert missing_kinds(shares, torch.tensor([0.01, 0.3]), 2) == "part:0,1"
+    # A hundredth of a small kind and a tenth of a large one: the latter is less likely to be chance.
+    assert missing_kinds(torch.tensor([0.01, 0.3]), torch.tensor([0.0001, 0.03])) == "part:1"
     for bad in (0, 3):
         with pytest.raises(ValueError, match=r"1\.\.2"):
             missing_kinds(shares, shares, bad)

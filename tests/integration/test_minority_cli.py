@@ -98,9 +98,28 @@ def test_missing_kinds_are_those_the_unguided_images_have_least_of(trained, tmp_
     record = fewstep("sample", "--classifier", str(trained), "--nfe", "2", "--num", "12", "--out", str(out),
                      "--label", "missing:2", "--reference", "120")  # fmt: skip
     kinds = record["kinds"]
-    ratio = [found / real for found, real in zip(kinds["unguided"], kinds["real"], strict=True)]
-    assert record["label"] == "part:" + ",".join(str(k) for k in sorted(range(3), key=ratio.__getitem__)[:2])
+    surplus = [(found - real) / real**0.5 for found, real in zip(kinds["unguided"], kinds["real"], strict=True)]
+    assert record["label"] == "part:" + ",".join(str(k) for k in sorted(range(3), key=surplus.__getitem__)[:2])
     assert f"missing:2 ({record['label']})" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_features_of_the_model_as_the_distance(tmp_path):
+    """The whitening is kept beside the scores, is used again when scoring goes on, and travels with the classifier."""
+    scores, classifier = tmp_path / "scores", tmp_path / "classifier.safetensors"
+    arguments = ["score", "--model", "digits", "--data", "digits:test", "--out", str(scores), "--draws", "1",
+                 "--distance", "features"]  # fmt: skip
+    first = fewstep(*arguments)
+    kept = (scores / "whitening.safetensors").read_bytes()
+    (scores / "scores.safetensors").unlink()
+    assert fewstep(*arguments)["rarest"] == first["rarest"]
+    assert (scores / "whitening.safetensors").read_bytes() == kept
+    fewstep("train", "--scores", str(scores / "scores.safetensors"), "--out", str(classifier), "--steps", "5", "--parts", "2")
+    assert set(MinorityClassifier.load(classifier).tensors) == {"whitening.mean", "whitening.matrix"}
+    (scores / "whitening.safetensors").unlink()
+    record = fewstep("sample", "--classifier", str(classifier), "--nfe", "2", "--num", "6", "--reference", "120",
+                     "--out", str(tmp_path / "run"))  # fmt: skip
+    assert record["table"]["guided"]["minority_score"] > 0
 
 
 def test_rare_within_a_class(tmp_path):
