@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from .judge import check_names, default_holdout, exact_scores, floor_scores, rea
 from .knobs import KnobSpace, default_spaces
 from .sampled import SAMPLED, choose_objective, fit_sampled, statistic
 from .score import ScoreFit, fit_score
+from .statistics import objective_windows
 from .target import Target, Teacher, draw_many, enumerable, model_digest, resolve_target
 
 OBJECTIVES = ("auto", "exact_kl", *SAMPLED, "score_l2", "score_l2_block")
@@ -141,7 +143,8 @@ def fit_discrete_sampler(
     }
     if not improves and not scored:
         provenance["rejected"] = {name: [float(v) for v in values] for name, values in table.learned.items()}
-        table = DiscreteTable.plain(process.name, table.transition, nfe)
+        bases = {item[1]["plain"]["objective"]: item[0].transition for item in results}
+        table = DiscreteTable.plain(process.name, bases[min(bases)], nfe)  # the best of the plain ones, whatever came close
     return DiscreteTable.from_dict(table.to_dict() | {"provenance": provenance | dict(table.provenance)})
 
 
@@ -175,12 +178,16 @@ class _Bench:
         self.objective, self.settings, self.seed = objective, settings, seed
         self.score = self.held_score = self.floor = None
         self.names: tuple[str, ...] = ()
+        self.label = ""
         if target.law is None:
             names = settings.holdout or default_holdout(objective, process.vocab, seq_len, len(target.held_out))
             self.names, self.floor = names, floor_scores(target.held_out, names, process.vocab)
         if objective in SAMPLED:
             self.score = statistic(objective, target.fit, process.vocab)
             self.held_score = statistic(objective, target.held_out, process.vocab)
+            kind = "+".join(objective_windows(process.vocab, seq_len)) if objective == "ngram_kl" else objective
+            data = hashlib.sha256(target.fit.numpy().tobytes()).hexdigest()[:12]
+            self.label = f"{kind} of {settings.samples} from {data}, model {model_digest(model, process, seq_len)}"
 
     def draw(self, table: DiscreteTable, n: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -221,6 +228,7 @@ def _fit_one(space: KnobSpace, bench: _Bench, say: Progress) -> tuple[DiscreteTa
             evaluations=settings.budget or 350,
             seed=seed,
             journal=journal,
+            label=bench.label,
             progress=note,
         )
         table = space.numbers(vector)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .statistics import block_entropy, total_variation, window_kl, window_law, windows
+from .statistics import block_entropy, ngram_order, total_variation, window_kl, window_law, windows
 
 SLACK = 1.05  # a held-out statistic may be this much worse before it counts
 SHARP = 0.01  # nats per token of entropy that sampling noise may hide
@@ -39,13 +39,13 @@ def exact_scores(law: Tensor, student: Tensor) -> dict[str, float]:
 def default_holdout(objective: str, vocab: int, seq_len: int, data: int) -> tuple[str, ...]:
     """Statistics that the objective does not contain and ``data`` sequences can fill."""
     names = []
+    seen = ngram_order(vocab, seq_len) if objective == "ngram_kl" else 0
     for n in (4, 3, 2):
-        if n <= seq_len and vocab**n <= max(vocab, 0.2 * data * (seq_len - n + 1)) and n > int(objective == "ngram_kl"):
+        if n <= seq_len and vocab**n <= max(vocab, 0.2 * data * (seq_len - n + 1)) and n > seen:
             names.append(f"{n}gram")
             break
-    lag = min(4, seq_len - 1)
-    if lag > 0 and vocab**2 <= 0.2 * data * (seq_len - lag):
-        names.append(f"lag{lag}")
+    lags = (min(4, seq_len - 1),) if names else (min(4, seq_len - 1), 6)
+    names += [f"lag{lag}" for lag in lags if 0 < lag < seq_len and vocab**2 <= 0.2 * data * (seq_len - lag)]
     return tuple(names) or ("1gram",)
 
 

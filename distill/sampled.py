@@ -16,10 +16,18 @@ from cmaes import SepCMA
 from torch import Tensor
 
 from .knobs import KnobSpace
-from .statistics import HammingMMD, Statistic, support_law, total_variation, window_kl, window_law
+from .statistics import (
+    CELLS,
+    HammingMMD,
+    Statistic,
+    objective_windows,
+    support_law,
+    total_variation,
+    window_kl,
+    window_law,
+)
 from .target import launched
 
-CELLS = 8000  # n-gram tables of the objective stay below this
 SAMPLED = ("ngram_kl", "mmd", "tv_support")
 
 
@@ -30,11 +38,6 @@ def choose_objective(reference: Tensor, vocab: int) -> str:
     return "ngram_kl" if vocab**2 <= CELLS and reference.shape[1] > 1 else "mmd"
 
 
-def ngram_order(vocab: int, seq_len: int) -> int:
-    """The longest n <= 3 whose table stays small."""
-    return max(n for n in (1, 2, 3) if n == 1 or (vocab**n <= CELLS and n <= seq_len))
-
-
 def statistic(name: str, reference: Tensor, vocab: int) -> Statistic:
     """An objective ids (n, L) -> float against reference ids (m, L); zero is perfect.
 
@@ -42,9 +45,8 @@ def statistic(name: str, reference: Tensor, vocab: int) -> Statistic:
         ValueError: unknown name, or a support of more sequences than samples can fill.
     """
     if name == "ngram_kl":
-        kind = f"{ngram_order(vocab, reference.shape[1])}gram"
-        law = window_law(reference, kind, vocab)
-        return lambda ids: window_kl(law, ids, kind, vocab)
+        laws = {kind: window_law(reference, kind, vocab) for kind in objective_windows(vocab, reference.shape[1])}
+        return lambda ids: sum(window_kl(law, ids, kind, vocab) for kind, law in laws.items())
     if name == "mmd":
         return HammingMMD(reference[:3000], vocab)
     if name == "tv_support":
@@ -69,6 +71,7 @@ def fit_sampled(
     sigma: float = 0.3,
     seed: int = 0,
     journal: Path | None = None,
+    label: str = "",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Tensor:
     """The mean vector (d,) after ``evaluations`` candidates, rounded up to whole generations.
@@ -82,6 +85,7 @@ def fit_sampled(
         sigma: first width of the search.
         seed: of the search and of every generation's noise.
         journal: file that keeps the values.
+        label: what is scored, and against what; a journal with another label is refused.
         progress: called with (generations done, generations, best value of the last).
 
     Raises:
@@ -95,6 +99,7 @@ def fit_sampled(
         "population": population,
         "sigma": sigma,
         "seed": seed,
+        "score": label,
     }
     values: list[list[float]] = []
     if journal is not None and journal.is_file():

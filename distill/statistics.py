@@ -14,6 +14,8 @@ from torch import Tensor
 
 Statistic = Callable[[Tensor], float]
 TABLE = 2_000_000  # cells of an n-gram table
+CELLS = 8000  # n-gram tables of the objective stay below this
+LAGS = (2, 3, 5, 8)  # pairs that the objective sees beside n-grams; 4 and 6 are left to judge
 
 
 def windows(ids: Tensor, name: str, vocab: int) -> tuple[Tensor, int]:
@@ -49,6 +51,22 @@ def windows(ids: Tensor, name: str, vocab: int) -> tuple[Tensor, int]:
     places = starts.to(ids.device)[:, None] + torch.tensor(offsets, device=ids.device)
     powers = vocab ** torch.arange(len(offsets) - 1, -1, -1, device=ids.device)
     return (ids[:, places] * powers).sum(-1), cells
+
+
+def ngram_order(vocab: int, seq_len: int) -> int:
+    """The longest n <= 3 whose table stays small."""
+    return max(n for n in (1, 2, 3) if n == 1 or (vocab**n <= CELLS and n <= seq_len))
+
+
+def objective_windows(vocab: int, seq_len: int) -> list[str]:
+    """What "ngram_kl" compares: n-grams, and pairs farther apart than they reach.
+
+    Without the pairs a search trades the order at a distance for that of neighbours, and its table does not hold up.
+    """
+    n = ngram_order(vocab, seq_len)
+    judged = min(4, seq_len - 1)
+    fits = vocab**2 <= CELLS
+    return [f"{n}gram", *(f"lag{lag}" for lag in LAGS if fits and n <= lag < seq_len and lag != judged)]
 
 
 def window_law(ids: Tensor, name: str, vocab: int) -> Tensor:

@@ -260,3 +260,36 @@ def test_bad_fits_are_refused_before_any_compute(change, message):
     arguments = {"seq_len": 10, "nfe": 3} | change
     with pytest.raises(ValueError, match=message):
         fit_discrete_sampler(never, process, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:no improvement")
+def test_a_journal_belongs_to_its_target(tmp_path, generator):
+    settings = FitSettings(budget=14, samples=100, judged=200, folder=tmp_path)
+    arguments = {"knobs": ("t", "temp"), "objective": "ngram_kl", "settings": settings}
+    chain = random_chain(UniformProcess(4))
+    _fit(target=chain.sample(300, 10, generator(0)), **arguments)
+    with pytest.raises(ValueError, match="belongs to another search"):
+        _fit(target=chain.sample(300, 10, generator(1)), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:no improvement")
+def test_when_no_family_holds_up_the_best_plain_sampler_is_returned(monkeypatch):
+    monkeypatch.setattr("distill.fit.reasons_against", lambda *_: ["for this test"])
+    law = random_chain(UniformProcess(3)).law(4)
+    process = UniformProcess(3)
+    table = fit_discrete_sampler(TabularModel(law, process), process, 4, 4, target=law, settings=FitSettings(budget=2))
+    assert table.provenance["reasons"][-1] == "for this test"
+    assert not table.learned
+    assert table.transition == "tweedie"  # euler is the other family's, and worse
+
+
+def test_the_ngram_objective_leaves_something_to_judge_by():
+    from distill.judge import default_holdout
+    from distill.statistics import objective_windows
+
+    for vocab, length in ((3, 4), (3, 5), (6, 32), (65, 64), (4, 10), (2, 3)):
+        judged = default_holdout("ngram_kl", vocab, length, 2000)
+        assert judged
+        assert not set(judged) & set(objective_windows(vocab, length)) or length <= 3
+    assert objective_windows(6, 32) == ["3gram", "lag3", "lag5", "lag8"]
+    assert default_holdout("ngram_kl", 65, 64, 2000) == ("lag4", "lag6")
