@@ -54,7 +54,7 @@ class ImageSource:
         if self.read_classes is None:
             raise ValueError(
                 f"{self.name} knows no classes of its images: use a folder with one sub-folder per class, an npz with arr_1, "
-                "digits, torchvision:... or a datasets data set with one label column"
+                "digits, torchvision:... or a datasets data set with one column of class labels"
             )
         labels = self.read_classes()
         if labels.shape != (self.length,) or int(labels.min()) < 0:
@@ -197,6 +197,8 @@ def _datasets(source: str, rest: str) -> ImageSource:
     if column not in data.features:
         raise ValueError(f"{source}: no image column; it has {', '.join(data.features)}")
     labels = [key for key, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not labels and str(getattr(data.features.get("label"), "dtype", "")).startswith(("int", "uint")):
+        labels = ["label"]
     known = (lambda: torch.tensor(data[labels[0]])) if len(labels) == 1 else None
     identity = _hash("datasets", data._fingerprint, column)
     return ImageSource(source, identity, len(data), lambda i: _tensor(data[i][column]), known)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torchvision.models import squeezenet1_1
 
 from samplers import NoiseSchedule
 from samplers.denoisers import from_network
-from samplers.guidance import MinorityClassifier, MinorityScorer, NetworkFeatures, Whitening, feature_distance
+from samplers.guidance import MinorityClassifier, MinorityScorer, NetworkFeatures, Whitening, feature_distance, lpips
 from samplers.reference import digit_images, load
 
 
@@ -74,3 +75,17 @@ def test_tensors_travel_with_a_classifier(tmp_path):
     loaded = MinorityClassifier.load(classifier.save(tmp_path / "c.safetensors"))
     assert torch.equal(loaded.tensors["whitening.mean"], classifier.tensors["whitening.mean"])
     assert all(torch.equal(a, b) for a, b in zip(classifier.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_lpips_where_its_weights_are(tmp_path, monkeypatch, generator):
+    """Random backbone weights under the right name: it runs, is zero for equal images, and wants images it can see."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(squeezenet1_1(weights=None).state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    distance = lpips("squeeze")
+    x = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
+    assert distance(x, x).tolist() == [0.0, 0.0]
+    assert distance(x.half(), -x.half()).min() > 0
+    assert distance(x, -x).dtype == torch.float32
+    with pytest.raises(ValueError, match="at least 32"):
+        distance(x[..., :16, :16], x[..., :16, :16])

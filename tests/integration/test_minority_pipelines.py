@@ -173,6 +173,21 @@ def test_class_conditional_guidance_uses_the_images_own_class_in_both_halves():
     assert [labels.tolist() for labels in seen] == [[3, 7, 3, 7]] * 2 + [[3, 7]] * 2
 
 
+def test_a_searched_schedule_is_guided_at_every_evaluation():
+    """A shipped schedule, whose steps are of every kind the search knows; its number of evaluations is what guidance counts."""
+    pipe, classifier = load("digits-conditional"), classifier_for((1, 8, 8))
+
+    def images(scale: float) -> tuple[Tensor, Any]:
+        generator = torch.Generator().manual_seed(0)
+        with swap(pipe, "digits-conditional-nfe5"), minority_guidance(pipe, classifier, scale=scale) as run:
+            return pipe([3, 7], guidance_scale=2.0, num_inference_steps=5, generator=generator, output_type="pt").images, run
+
+    plain, _ = images(0.0)
+    guided, run = images(20.0)
+    assert (run.evaluations, run.guided, run.dropped) == (5, 5, 0)
+    assert not torch.equal(plain, guided)
+
+
 def test_every_window_and_label_per_image():
     pipe = load("digits")
     classifier = classifier_for((1, 8, 8))

@@ -59,6 +59,7 @@ def test_torchvision(tmp_path):
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(np.array([0x0801, 3], dtype=">i4").tobytes() + bytes([0, 1, 2]))
     opened = open_images(f"torchvision:MNIST:train:{tmp_path}")
     torch.testing.assert_close(all_pixels(opened), torch.from_numpy(data)[:, None])
+    assert opened.classes().tolist() == [0, 1, 2]
     assert opened.id != open_images(f"torchvision:MNIST:test:{tmp_path}").id
     with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
         open_images(f"torchvision:SVHN:train:{tmp_path / 'nowhere'}")
@@ -73,6 +74,7 @@ def test_hugging_face_data_set(folder, tmp_path, pixels):
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
     opened = open_images(f"datasets:{tmp_path / 'set'}:train")
     torch.testing.assert_close(all_pixels(opened), pixels)
+    assert opened.classes().tolist() == list(range(12))
     with pytest.raises(ValueError, match="no image column; it has label, picture"):
         open_images(f"datasets:{tmp_path / 'set'}:train:image")
 
