@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cloud import check_pick
 from ..settings import Settings
 from .branches import Catcher, networks, restore
-from .calling import arrange, install_call, resampling_generator, set_guidance
+from .calling import arrange, install_call, resampling_generator, set_guidance, share_of_noise
 from .chunking import install_chunks
 from .plans import check_scheduler, plan_of
 from .run import Call, Decode, Run, Steps
@@ -42,7 +42,8 @@ def attach(
     Args:
         settings: the corrector.
         pipe: a diffusers pipeline, or a modular one with a guider. Its scheduler must draw noise: Euler ancestral, DDPM, DDIM
-            with eta, or a `SolverScheduler` with a stochastic schedule.
+            with eta, or a `SolverScheduler` with a stochastic schedule; for a reward alone also LCM, TCD and stochastic
+            flow-matching Euler.
         particles: K >= 1.
         pick: "all" returns every particle, weights in ``run.log_w``; "sample" and "max" decode and return one per prompt, drawn
             by weight or the heaviest.
@@ -104,7 +105,7 @@ class _Attachment:
                 raise ValueError("the pipeline's scheduler was replaced inside the block; replace it before attaching")
             given = arrange(self.pipe, self.run.particles, args, kwargs, expand=self.expand)
             scale = set_guidance(self.pipe, self.settings.target, given) if self.exact else None
-            eta = given.get("eta", 0.0)
+            eta = share_of_noise(self.pipe, given)
             check_scheduler(self.scheduler, exact=self.exact, resamples=self.resamples, eta=eta)
             source = self.generator if self.generator is not None else resampling_generator(given)
             self.prepared = Call(self.run.particles, scale, source, self.pick, decoder(self.pipe, self.decode)), eta

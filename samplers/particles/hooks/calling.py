@@ -45,8 +45,7 @@ def arrange(
     Raises:
         ValueError: the caller asked for another number of images per prompt, or passed a list of generators of another length.
     """
-    signature = inspect.signature(type(pipe).__call__)
-    names = list(signature.parameters)[1:]
+    names = _arguments(pipe)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     rows = None
     per_prompt = next((name for name in PER_PROMPT if name in names), None)
@@ -80,6 +79,24 @@ def arrange(
     ):
         given["generator"] = [child for g in generators for child in _children(g, particles)]
     return given
+
+
+def _arguments(pipe: Any) -> list[str]:
+    """Names of the call's arguments; a modular pipeline takes what its blocks take."""
+    blocks = getattr(getattr(pipe, "blocks", None), "inputs", ())
+    return [*list(inspect.signature(type(pipe).__call__).parameters)[1:], *(p.name for p in blocks if p.name)]
+
+
+def share_of_noise(pipe: Any, given: dict[str, Any]) -> float | None:
+    """The ``eta`` that the scheduler's steps will get: the call's, or a default; None where its steps take none."""
+    for parameter in getattr(getattr(pipe, "blocks", None), "inputs", ()):
+        if parameter.name == "eta":
+            return float(given.get("eta", parameter.default or 0.0))
+    for function in (type(pipe).__call__, pipe.scheduler.step):
+        parameter = inspect.signature(function).parameters.get("eta")
+        if parameter is not None:
+            return float(given.get("eta", parameter.default))
+    return None
 
 
 def laid_out(labels: list[int], particles: int) -> bool:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ... import NoiseSchedule
+from ...parametrization import FLOW_PREDICTION
 from ...schedulers import SolverScheduler
 from ...tableau import Tableau
 from ..path import Level
 
 ADVICE = 'use one that does, as in `with samplers.schedulers.swap(pipe, "euler_ancestral"): ...`'
 EXACT = ("EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler")
+FRESH = ("LCMScheduler", "TCDScheduler", "FlowMatchEulerDiscreteScheduler")  # remember nothing, and draw noise of their own
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,20 @@ def check_scheduler(scheduler: Any, *, exact: bool, resamples: bool, eta: float 
         ValueError: with the reason and what to use instead.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if isinstance(scheduler, SolverScheduler):
+    solver = isinstance(scheduler, SolverScheduler)
+    if exact and config.get("thresholding") and (not solver or "thresholding" in _honours(scheduler)):
+        raise ValueError(
+            "dynamic thresholding rescales every prediction by its own quantile, which no law describes; set thresholding=False"
+        )
+    if solver:
         return  # its steps are read once they are chosen, see `plan_of`
+    if name in FRESH and not exact:
+        if resamples and (eta == 0.0 if name == "TCDScheduler" else config.get("stochastic_sampling") is False):
+            raise ValueError(
+                f"{name} without noise is an ODE: copies made by resampling would never separate. Set "
+                f"{'eta > 0' if name == 'TCDScheduler' else 'stochastic_sampling=True'} or resample_window=(0, 0)"
+            )
+        return
     if name not in EXACT:
         raise ValueError(f"{name} does not draw the noise of a reverse diffusion, which corrected particles need; {ADVICE}")
     if name == "DDIMScheduler" and not eta and resamples:
@@ -82,29 +96,32 @@ def plan_of(scheduler: Any, *, exact: bool, resamples: bool, eta: float | None) 
     noise_schedule = NoiseSchedule.from_config(config)
     timesteps = scheduler.timesteps.detach().cpu().double()
     times = noise_schedule.t_of_timestep(timesteps)
-    if name == "EulerAncestralDiscreteScheduler":
+    if name == "FlowMatchEulerDiscreteScheduler":
+        sigma = scheduler.sigmas.detach().cpu().double()
+        alpha = 1.0 - sigma
+    elif name == "EulerAncestralDiscreteScheduler":
         ratios = scheduler.sigmas.detach().cpu().double()
         alpha = torch.rsqrt(1.0 + ratios.square())
         sigma = ratios * alpha
     else:
         final = torch.ones(1, dtype=torch.float64)
-        if name == "DDIMScheduler":
+        if name != "DDPMScheduler":
             final = scheduler.final_alpha_cumprod.double().reshape(1)
         kept = torch.cat([scheduler.alphas_cumprod.double()[timesteps.long()], final])
         alpha, sigma = kept.sqrt(), (1.0 - kept).clamp(min=0.0).sqrt()
     ends = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
     levels = [Level(t, a, s) for t, a, s in zip(ends, alpha.tolist(), sigma.tolist(), strict=True)]
     steps = len(timesteps)
-    draws = eta is None or eta > 0 if name == "DDIMScheduler" else True
-    clips = bool(config.get("clip_sample")) and name != "EulerAncestralDiscreteScheduler"
+    draws = eta is None or eta > 0 if name in ("DDIMScheduler", "TCDScheduler") else config.get("stochastic_sampling", True)
+    clips = bool(config.get("clip_sample")) and name not in ("EulerAncestralDiscreteScheduler", "TCDScheduler")
     return Plan(
         levels,
         [draws and i < steps - 1 for i in range(steps)],
-        config.prediction_type,
+        config.get("prediction_type", FLOW_PREDICTION),
         None,
         name == "EulerAncestralDiscreteScheduler",
         float(config.clip_sample_range) if clips else None,
-        name != "DDIMScheduler" or eta == 1.0,
+        name not in ("DDIMScheduler", *FRESH) or eta == 1.0,
     )
 
 
@@ -141,10 +158,14 @@ def _of_solver(scheduler: SolverScheduler, *, exact: bool, resamples: bool) -> P
     if isinstance(tableau.clip, float):
         clip = tableau.clip
     elif tableau.clip == "config" and config.clip_sample and not isinstance(config.schedule, dict):
-        honours = getattr(getattr(scheduler.source, "recipe", None), "honours", ())
-        clip = float(config.clip_sample_range) if "clip_sample" in honours else None
+        clip = float(config.clip_sample_range) if "clip_sample" in _honours(scheduler) else None
     model = scheduler.model_config
     return Plan(levels, draws, model.prediction_type, model.sigma_data, False, clip, reverse)
+
+
+def _honours(scheduler: SolverScheduler) -> tuple[str, ...]:
+    """The treatments of x0 in the scheduler's config that its recipe applies."""
+    return getattr(getattr(scheduler.source, "recipe", None), "honours", ())
 
 
 def noise_matches_drift(tableau: Tableau, start: float) -> bool:
