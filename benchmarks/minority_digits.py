@@ -120,8 +120,8 @@ def rows(seed: int, samplers: list[str], cache: Path) -> Iterator[tuple[str, Cal
         lambda: {k: v[digits.labels >= 9].double().mean().item() for k, v in digits.planted.items()},
     )
     yield f"unguided, {STEPS} NFE", drawn("ddpm", STEPS)
-    for text in ("dpmpp:order=2", "ddpm"):
-        yield f"rejection, 1 of 5, {text}, {FEW} NFE", lambda text=text: digits.measure(digits.rejection(5, text, FEW))
+    for text in ("dpmpp:order=2", "ddpm", *(text for text in samplers if text.endswith(".json"))):
+        yield f"rejection, 1 of 5, {named(text)}, {FEW} NFE", lambda text=text: digits.measure(digits.rejection(5, text, FEW))
     for w in (2.0, 4.0, 8.0):
         yield f"rarest bin, w={w:g}", drawn("ddpm", STEPS, guided(scale=w))
     yield "each kind in turn, w=4", drawn("ddpm", STEPS, guided(scale=4.0, label="each"))
