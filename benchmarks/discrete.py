@@ -98,13 +98,13 @@ class ExactTask(Subject):
             return
         targets = {"law": self.law, "teacher": "teacher", "2000 samples": self.ids}
         for target, given in targets.items():
-            if target == "law" or (self.seed == 1 and nfe <= 8):
+            if self.cells.fits(nfe, target) and (target == "law" or (self.seed == 1 and nfe <= 8)):
                 args = (self.model, self.process, self.law.ndim, nfe, "auto", "exact_kl", given)
                 self.cell(nfe, f"learned exact_kl, {target}", lambda args=args: fit(*args, settings=FitSettings(budget=80)))
 
     def learn_otherwise(self, nfe: int) -> None:
         """All other objectives, on the first seed's laws."""
-        if self.seed != 1:
+        if self.seed != 1 or not self.cells.fits(nfe, "law"):
             return
         length = self.law.ndim
         for objective, knobs in (("score_l2", ("rate",)), ("score_l2_block", ("t", "rate"))):
@@ -112,7 +112,7 @@ class ExactTask(Subject):
             label = f"learned {objective}" + ("" if len(knobs) == 1 else ", t+rate")
             self.cell(nfe, label, lambda args=args: fit(*args))
         for objective in ("ngram_kl", "mmd", "tv_support"):
-            for target, given in (("law", self.law), ("teacher", "teacher")):
+            for target, given in (("law", self.law), ("teacher", "teacher")) if self.task == "markov" else ():
                 args = (self.model, self.process, length, nfe, learned_knobs(self.process.name), objective, given)
                 self.cell(nfe, f"learned {objective}, {target}", lambda args=args: fit(*args, settings=SAMPLED))
 
@@ -145,10 +145,11 @@ def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int) -> None:
         baselines(subject, nfe, truth)
     for nfe in (4, 8, 16, 32):
         for target, given in (("data", truth), ("teacher", "teacher")):
-            if seed == 1 or nfe <= (16 if target == "data" else 8):
+            if nfe <= (16 if target == "data" else 8) or (seed == 1 and target == "data"):
                 folder = cells.work / "fits" / head.replace("/", "-") / target
                 teacher = Teacher(samples=6000, nfe=64 if name == "uniform" else 32)
                 settings = FitSettings(budget=196, samples=500, judged=3000, folder=folder, teacher=teacher)
+                subject.knobs = "auto" if nfe <= 8 else ""
                 subject.learned(nfe, "ngram_kl", target, given, settings)
 
 
@@ -172,10 +173,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="text: the file the character model was trained on")
     parser.add_argument("--processes", nargs="+", choices=[*PROCESSES], default=["uniform", "masked"])
     parser.add_argument("--tasks", nargs="+", help="exact, chains: only these laws")
+    parser.add_argument("--fit-nfe", nargs="+", type=int, help="fit only tables of these evaluations in this run")
+    parser.add_argument("--fit-target", nargs="+", help="fit only to these targets in this run: law, data, teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    parts[args.part](Cells(args.work), args)
+    parts[args.part](Cells(args.work, args.fit_nfe, args.fit_target), args)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,16 @@ PLAIN = {
 class Cells:
     """Results by key, one JSON line each: ``if cells.due(key): cells.put(scores)``."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, nfes: Iterable[int] | None = None, targets: Iterable[str] | None = None) -> None:
+        self.nfes, self.targets = nfes, targets  # of the fits of this run; None: all
         work.mkdir(parents=True, exist_ok=True)
         self.path, self.work, self.key, self.started = work / "cells.jsonl", work, "", 0.0
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.known = {cell["key"]: cell for cell in map(json.loads, lines)}
+
+    def fits(self, nfe: int, target: str) -> bool:
+        """Whether this run fits tables for a number of evaluations and a target."""
+        return (self.nfes is None or nfe in self.nfes) and (self.targets is None or target in self.targets)
 
     def due(self, key: str) -> bool:
         self.key, self.started = key, time.process_time()
@@ -77,6 +82,7 @@ class Subject:
     noise: int
     judge: Callable[[Tensor], dict]
     seed: int = 0
+    knobs: str = ""
 
     def due(self, nfe: int, label: str) -> bool:
         return self.cells.due(f"{self.head}/{nfe}/{label}")
@@ -104,7 +110,10 @@ class Subject:
             self.cells.put(self.judge(ids) | {"evaluations": used}, table)
 
     def learned(self, nfe: int, objective: str, target: str, given: Tensor | str, settings: FitSettings) -> None:
-        name, length, knobs = f"learned {objective}, {target}", self.shape[1], learned_knobs(self.process.name)
+        name, length = f"learned {objective}, {target}", self.shape[1]
+        knobs = self.knobs or learned_knobs(self.process.name)
+        if not self.cells.fits(nfe, target):
+            return
         self.cell(
             nfe,
             name,

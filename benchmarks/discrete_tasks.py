@@ -95,16 +95,17 @@ def digit_scores(ids: Tensor) -> dict[str, float]:
     return {"mmd_1e3": 1e3 * HammingMMD(test, 2)(ids), "patch_tv": found["patch3w8_tv"], "entropy_gap": found["entropy_gap"]}
 
 
-def text_data(path: Path, symbols: str, length: int) -> tuple[list[int], Tensor, Tensor]:
-    """The training nine tenths as one list; windows of it and of the held-out tenth, in random order."""
+def text_data(path: Path, symbols: str, length: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """The training nine tenths as one list; random windows of it, and of both halves of the held-out tenth."""
     lookup = {symbol: i for i, symbol in enumerate(symbols)}
     ids = torch.tensor([lookup[c] for c in path.read_text(encoding="utf-8")])
     cut, generator = len(ids) * 9 // 10, torch.Generator().manual_seed(0)
     parts = []
-    for part, count in ((ids[:cut], 8000), (ids[cut:], 2000)):
+    half = (cut + len(ids)) // 2
+    for part, count in ((ids[:cut], 8000), (ids[cut:half], 1000), (ids[half:], 1000)):
         start = torch.randint(len(part) - length, (count, 1), generator=generator)
         parts.append(part[start + torch.arange(length)])
-    return ids[:cut].tolist(), parts[0], parts[1]
+    return ids[:cut].tolist(), *parts
 
 
 class CharacterNgram:
@@ -137,14 +138,14 @@ class CharacterNgram:
         return exp(-sum(logs) / len(logs))
 
 
-def judge_text(train: list[int], held_out: Tensor, vocab: int, order: int = 6) -> Callable[[Tensor], dict[str, float]]:
+def judge_text(train: list[int], held_out: Tensor, vocab: int, order: int = 5) -> Callable[[Tensor], dict[str, float]]:
     """Scores of samples (n, L) by an n-gram model of the training text.
 
     ``perplexity`` under it; ``reverse_perplexity`` of held-out text under a 4-gram model of the samples, which repetition and
     missing variety make worse; ``entropy_gap``, of the mean entropy of a window's characters, nats, from held-out windows;
     ``distinct_4grams``, the share of 4-grams that occur once or first.
     """
-    judge, real = CharacterNgram([train], vocab, order), held_out[-1000:].tolist()
+    judge, real = CharacterNgram([train], vocab, order), held_out.tolist()
     entropy = _window_entropy(real)
 
     def score(ids: Tensor) -> dict[str, float]:
