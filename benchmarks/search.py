@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture as Fit
 
-from samplers import NoiseSchedule
+from samplers import NoiseSchedule, SolverSchedule
 from samplers.denoisers import GaussianMixture
 from samplers.evaluation import FrechetReference, sliced_wasserstein
 from samplers.reference import digit_images, load, load_folder
@@ -91,9 +91,11 @@ def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
         "baselines": {kind: {"name": score.name, "value": score.value} for kind, score in found.baselines.items()},
         "reference_error": made["test"].reference_error,
         "cpu_seconds": time.process_time() - start,
+        "settings": {"noises": options.noises, "trials": options.trials, "refine": options.refine},
     }
+    rows = {"found": found.schedule, **{k: s.schedule for k, s in found.baselines.items()}}
+    record["median"] = {kind: median_error(made["test"], schedule) for kind, schedule in rows.items()}
     if reference is not None:
-        rows = {"found": found.schedule, **{k: s.schedule for k, s in found.baselines.items()}}
         samples = {k: made["test"].samples(s).flatten(1).double() for k, s in rows.items()}
         samples["converged"] = made["test"].reference.flatten(1).double()
         record["frechet"] = {k: reference.distance_to_features(x) for k, x in samples.items()}
@@ -104,6 +106,12 @@ def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
     keep(name, f"nfe{nfe}-seed{seed}", record)
     best = min(score.value for score in found.baselines.values())
     print(f"{name} nfe {nfe} seed {seed}: {found.test.value:.4f} / {best:.4f} = {found.test.value / best:.2f}", flush=True)
+
+
+def median_error(objective: Objective, schedule: SolverSchedule) -> float:
+    """Median over the noises of each sample's own RMSE."""
+    assert objective.reference is not None
+    return (objective.samples(schedule) - objective.reference).double().square().flatten(1).mean(1).sqrt().median().item()
 
 
 def strategies(options: argparse.Namespace) -> None:
@@ -134,11 +142,11 @@ def main() -> None:
     parser.add_argument("part", choices=("mixture", "digits", "cifar", "strategies", "page"))
     parser.add_argument("--nfe", default="5,10,8,4,6")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--noises", type=int, default=128)
-    parser.add_argument("--test", type=int, default=512)
-    parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--refine", type=int, default=60)
-    parser.add_argument("--baselines", type=int, default=240, help="the first of the list")
+    parser.add_argument("--noises", type=int, default=512)
+    parser.add_argument("--test", type=int, default=1024)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--refine", type=int, default=200)
+    parser.add_argument("--baselines", type=int, help="only the first of the list")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part == "page":

@@ -26,9 +26,9 @@ MODEL, GUIDANCE = "digits-conditional", 2.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nfe", default="5,8,10,6")
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--refine", type=int, default=60)
-    parser.add_argument("--noises", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--refine", type=int, default=120)
+    parser.add_argument("--noises", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "configs" / "schedules")
     parser.add_argument("--cache", type=Path, default=None, help="folder for the converged solutions")
     options = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
     problem = pipeline_problem(load(MODEL), {"class_labels": list(range(10)), "guidance_scale": GUIDANCE})
     train, validation, test = (
         problem.endpoint(split, count, seed=10_000, reference_nfe=60, cache=options.cache)
-        for split, count in (("train", options.noises), ("validation", options.noises), ("test", 60))
+        for split, count in (("train", options.noises), ("validation", options.noises), ("test", 200))
     )
     print(f"reference error {test.reference_error:.4f}", flush=True)
     for nfe in map(int, options.nfe.split(",")):
@@ -52,7 +52,6 @@ def main() -> None:
             name=path.stem,
             trials=options.trials,
             refine_steps=options.refine,
-            baseline_limit=24,
             facts={"model": MODEL, "weights": problem.model, "guidance": GUIDANCE, "class_labels": list(range(10))},
             say=lambda text: print(f"  {text} {time.process_time() - start:.0f} CPU s", flush=True),  # noqa: B023
         )

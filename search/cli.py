@@ -52,8 +52,8 @@ def run(
     study: Annotated[str | None, typer.Option(help="Name of the study in the storage.")] = None,
     noises: Annotated[int, typer.Option(min=2, help="Starting noises that schedules are searched on.")] = 64,
     reference_nfe: Annotated[int, typer.Option(min=20, help="Evaluations of the converged solution.")] = 100,
-    refine: Annotated[int, typer.Option(min=0, help="Gradient steps after the search; 0 for none.")] = 100,
-    baselines: Annotated[int, typer.Option(min=1, help="Classic solvers x grids to compare with.")] = 60,
+    refine: Annotated[int, typer.Option(min=0, help="Gradient steps after the search; 0 for none.")] = 200,
+    baselines: Annotated[int, typer.Option(min=1, help="Classic solvers x grids to start from and compare with.")] = 500,
     model: ModelOption = "digits-conditional",
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
@@ -148,7 +148,8 @@ def _plan(
     """Forward passes per part, and their time here (measured) and for an SD-size model (assumed rate)."""
     import torch
 
-    from .selection import QUICK, SHORTLIST
+    from .find import FINALISTS
+    from .selection import screening_cost
 
     x, t = problem.noises(min(noises, 16), 0), torch.tensor(0.5 * problem.noise_schedule.t_max, dtype=torch.float64)
     with torch.no_grad():
@@ -160,9 +161,9 @@ def _plan(
     parts = {
         "converged solutions": total * (reference_nfe + reference_nfe // 2),
         f"{trials} trials x {noises} noises x {nfe}": trials * noises * nfe,
-        "re-ranking and scores": (10 + 2 + 4) * noises * nfe,
-        "refinement (forward and backward)": int(1.5 * refine) * 32 * nfe * 3,
-        "baselines": (baselines * min(QUICK, noises) + 2 * SHORTLIST * noises) * nfe,
+        "re-ranking and scores": (FINALISTS + 2 + 4 * 2) * noises * nfe,
+        "refinement (forward and backward)": int(2.5 * refine) * 32 * nfe * 3 + int(2.5 * refine / 20) * noises * nfe,
+        "baselines": screening_cost(baselines, noises) * nfe,
     }
     plan = {
         "forwards": parts,

@@ -88,7 +88,14 @@ def _solve(
     final = "zero" if final_time == 0.0 else "sigma_min"
     schedule = recipe(f"{TEACHER},final={final}", noise, nfe)
     with torch.no_grad():
-        return torch.cat([sample(denoiser, part, schedule, noise) for part in x_T.split(batch_size or max(len(x_T), 1))])
+        parts = torch.arange(len(x_T)).split(batch_size or max(len(x_T), 1))
+        return torch.cat([sample(of_rows(denoiser, rows), x_T[rows], schedule, noise) for rows in parts])
+
+
+def of_rows(denoiser: Denoiser, rows: Tensor) -> Denoiser:
+    """The denoiser of some rows of the noises: a pipeline's rows each have their own condition."""
+    select = getattr(denoiser, "for_rows", None)
+    return denoiser if select is None else select(rows)
 
 
 def tensor_bytes(x: Tensor) -> bytes:

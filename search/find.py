@@ -8,13 +8,15 @@ from typing import Any
 
 from samplers import SolverSchedule
 
+from .ledger import Ledger, storage_url
 from .objective import Objective
 from .refine import Refined, refine
-from .selection import Score, best_baselines, score, select, with_provenance
+from .selection import Classic, Score, best_of_each_kind, classics, ranked, score, with_provenance
 from .space import SearchSpace
 from .study import SearchResult, run_search
 
 FINALISTS = 10
+STARTS = 16  # best classic solvers that the search starts from
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def find_schedule(
     strategy: str = "s3",
     storage: str | None = None,
     seed: int = 0,
-    refine_steps: int = 100,
+    refine_steps: int = 200,
     rankers: Sequence[Callable[[SolverSchedule], float]] = (),
     warm_start: Sequence[SolverSchedule] = (),
     baseline_limit: int | None = None,
@@ -77,31 +79,42 @@ def find_schedule(
         strategy: see `run_search`.
         storage: likewise.
         seed: likewise.
-        refine_steps: gradient steps after the search; 0 for none.
+        refine_steps: gradient steps after the search, and half as many from each start before; 0 for none.
         rankers: further objectives on the validation's side, as a distribution distance.
         warm_start: see `run_search`.
-        baseline_limit: compare with the first baselines of the list only.
+        baseline_limit: compare with, and start from, the first baselines of the list only.
         facts: about the model, for the provenance.
         progress: see `run_search`.
         say: called with what begins.
         study_name: see `run_search`.
     """
+    say("baselines")
+    ledger = Ledger(None if storage is None else storage_url(storage))
+    known = classics(space, train, limit=baseline_limit, ledger=ledger)
+    ledger.close()
     say("search")
-    options = {"study_name": study_name, "warm_start": warm_start, "progress": progress}
-    result = run_search(space, train, strategy, trials, storage, seed, **options)
+    first = [*warm_start, *(classic.schedule for classic in known[:STARTS])]
+    result = run_search(
+        space, train, strategy, trials, storage, seed,
+        study_name=study_name, warm_start=first, seeds=len(first), progress=progress,
+    )  # fmt: skip
     say("re-rank")
     judges = [validation, *rankers]
-    finalists = [record.schedule for record in result.top(FINALISTS)]
-    chosen = searched = select(finalists, judges)
-    refined = None
+    searched = ranked([record.schedule for record in result.top(FINALISTS)], judges)[0]
+    chosen, refined = searched, None
     if refine_steps:
-        say("refine")
-        # Times first, which generalise from few noises, then every coefficient.
-        times = refine(chosen, space, train, validation, steps=refine_steps // 2, coefficients=False, rate=0.04, seed=seed)
-        refined = refine(times.schedule, space, train, validation, steps=refine_steps, rate=0.02, seed=seed + 1)
-        chosen = select([refined.schedule, times.schedule, searched], judges)
-    say("baselines")
-    classics = best_baselines(space, train, test, limit=baseline_limit)
+        # From where the search ended and from the best classic ones: what is best before need not be best after.
+        starts = {s.digest: s for s in (searched, *(space.adopt(c.schedule) for c in _best_of_kinds(known)))}
+        tried = []
+        for k, start in enumerate(starts.values()):
+            say(f"refine, start {k + 1} of {len(starts)}")
+            tried.append(refine(start, space, train, validation, steps=refine_steps // 2, seed=seed))
+        say("refine, the best")
+        halfway = min(tried, key=lambda r: r.value)
+        refined = refine(halfway.schedule, space, train, validation, steps=refine_steps, seed=seed + 1)
+        chosen = ranked([refined.schedule, halfway.schedule, searched], judges)[0]
+    say("scores")
+    baselines = best_of_each_kind(known, test)
     held_out = score(chosen, test, name)
     gap = {"train": train(chosen), "validation": validation(chosen), "test": held_out.value}
     provenance = {
@@ -112,16 +125,21 @@ def find_schedule(
             "seed": seed,
             "objective": train.settings,
             "refine_steps": refine_steps,
-            "selected_on": {"noises": len(validation.x_T), "finalists": len(finalists)},
+            "selected_on": {"noises": len(validation.x_T), "finalists": FINALISTS},
         },
         "scores": {
             "metric": "RMSE to the converged solution, held-out noises",
             "noises": len(test.x_T),
             "found": held_out.to_dict(),
-            "baselines": {kind: value.to_dict() for kind, value in classics.items()},
+            "baselines": {kind: value.to_dict() for kind, value in baselines.items()},
             "train_validation_test": gap,
             "reference_error": test.reference_error,
         },
     }
     shipped = with_provenance(chosen, name, provenance)
-    return Found(shipped, held_out, score(searched, test, "searched"), classics, gap, result, refined)
+    return Found(shipped, held_out, score(searched, test, "searched"), baselines, gap, result, refined)
+
+
+def _best_of_kinds(known: Sequence[Classic]) -> list[Classic]:
+    """The best plain and the best analytic one."""
+    return list({classic.kind: classic for classic in reversed(known)}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 
 from samplers import SolverSchedule
+
+from .objective import PENALTY
 
 Record = dict[str, Any]
 _T = TypeVar("_T")
@@ -97,6 +100,35 @@ class Ledger:
         """Give the connections back."""
         if self._engine is not None:
             self._engine.dispose()
+
+
+def remembered(objective: Any, ledger: Ledger) -> Callable[[SolverSchedule], float]:
+    """The objective's value, from the ledger where it is known, kept there where it is not."""
+
+    def value(schedule: SolverSchedule) -> float:
+        return float(evaluation(objective, schedule, ledger)["terms"]["value"])
+
+    return value
+
+
+def evaluation(objective: Any, schedule: SolverSchedule, ledger: Ledger) -> Record:
+    """The terms of a schedule's value and the seconds that they took: known to the ledger, or made and kept now.
+
+    Objectives without a digest are asked anew every time; values that are not finite become `PENALTY`.
+    """
+    digest = getattr(objective, "digest", None)
+    key = None if digest is None else Ledger.key(digest, schedule)
+    record = None if key is None else ledger.get(key)
+    if record is not None:
+        return {**record, "cached": True}
+    start = time.perf_counter()
+    whole = getattr(objective, "evaluate", None)
+    terms = {"value": float(objective(schedule))} if whole is None else whole(schedule)
+    terms = terms if math.isfinite(terms["value"]) else {"value": PENALTY}
+    record = {"terms": terms, "seconds": time.perf_counter() - start}
+    if key is not None:
+        ledger.put(key, record)
+    return {**record, "cached": False}
 
 
 def engine_options(url: str) -> dict[str, Any]:

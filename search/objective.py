@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from samplers import NoiseSchedule, SolverSchedule, sample
 from samplers.engine import Denoiser
 from samplers.evaluation import FeatureMoments, FrechetReference
 
-from .converged import Teacher, noise_name, teacher, tensor_bytes
+from .converged import Teacher, noise_name, of_rows, teacher, tensor_bytes
 
 PENALTY = 1e6  # of candidates whose samples are not finite; large, finite and the same for all
 
@@ -176,7 +177,7 @@ class Objective:
 
     # ---- use -----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of everything that decides the value."""
         parts = [
@@ -222,10 +223,14 @@ class Objective:
         noise = torch.Generator(self.x_T.device).manual_seed(0)  # stochastic steps draw the same for every candidate too
         with torch.no_grad():
             parts = [
-                sample(self.denoiser, x, schedule, self.noise_schedule, first_x0=mean, generator=noise)
-                for x in self.x_T.split(self.batch_size or max(len(self.x_T), 1))
+                self.solve(schedule, rows, first_x0=mean, generator=noise)
+                for rows in torch.arange(len(self.x_T)).split(self.batch_size or max(len(self.x_T), 1))
             ]
         return torch.cat(parts)
+
+    def solve(self, schedule: SolverSchedule, rows: Tensor, **options: Any) -> Tensor:
+        """(len(rows), *E) samples from some of the noises, each under its own condition; ``options`` of `samplers.sample`."""
+        return sample(of_rows(self.denoiser, rows), self.x_T[rows], schedule, self.noise_schedule, **options)
 
     def evaluate(self, schedule: SolverSchedule) -> dict[str, float]:
         """Every term by name, and their weighted sum as "value"; samples that are not finite cost `PENALTY`."""
@@ -279,7 +284,7 @@ class MeanObjective:
         """Of every part."""
         return {"kind": "mean", "parts": [part.settings for part in self.parts]}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of everything that decides the value."""
         return hashlib.sha256("".join(part.digest for part in self.parts).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from samplers import SolverSchedule
 
+from .ledger import Ledger, remembered
 from .objective import Objective
 from .space import SearchSpace
 from .starts import baselines
 
 RESAMPLES = 1000
-QUICK, SHORTLIST = 16, 12  # noises of the first look at all baselines; how many are then looked at closely
+RUNGS = ((8, 96), (24, 24))  # a look at all baselines on 8 noises, at the best 96 on 24, at the best 24 on all
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def _squared_errors(x: Tensor, reference: Tensor) -> Tensor:
     return (x.double() - reference.double()).square().flatten(1).mean(1).cpu()
 
 
-def select(candidates: Sequence[SolverSchedule], rankers: Sequence[Callable[[SolverSchedule], float]]) -> SolverSchedule:
-    """The candidate with the best mean rank over the rankers, each on noises that no search has seen.
+def ranked(candidates: Sequence[SolverSchedule], rankers: Sequence[Callable[[SolverSchedule], float]]) -> list[SolverSchedule]:
+    """The candidates by their mean rank over the rankers, each on noises that no search has seen; the best first.
 
     Args:
         candidates: finalists.
@@ -80,36 +81,65 @@ def select(candidates: Sequence[SolverSchedule], rankers: Sequence[Callable[[Sol
         values = [ranker(candidate) for candidate in candidates]
         for i, value in enumerate(values):
             ranks[i] += sum(other < value for other in values)
-    return candidates[min(range(len(candidates)), key=lambda i: ranks[i])]
+    return [candidates[i] for i in sorted(range(len(candidates)), key=lambda i: ranks[i])]
 
 
-def best_baselines(
-    space: SearchSpace, selector: Objective, test: Objective, *, nfe: int | None = None, limit: int | None = None
-) -> dict[str, Score]:
-    """The best classic solver on the best grid, chosen on the selector's noises and scored on the test's.
+@dataclass(frozen=True)
+class Classic:
+    """A classic solver on a classic grid, and what it is worth on the selector's noises."""
+
+    text: str
+    value: float
+    schedule: SolverSchedule
+
+    @property
+    def kind(self) -> str:
+        """Either "plain" or "analytic", which has an analytic first step."""
+        return "analytic" if self.schedule.analytic_first_step else "plain"
+
+
+def classics(
+    space: SearchSpace, selector: Objective, *, nfe: int | None = None, limit: int | None = None, ledger: Ledger | None = None
+) -> list[Classic]:
+    """Classic solvers x grids, the best few by halving: all on few noises, fewer on more, the last on all (see `RUNGS`).
 
     Args:
         space: its noise schedule and final time.
-        selector: objective for the choice.
-        test: objective for the score.
+        selector: endpoint objective.
         nfe: of the baselines; the space's when None.
         limit: only the first baselines of the list.
+        ledger: keeps evaluations on all noises, so that a search that starts from them has them.
 
     Returns:
-        "plain" without and "analytic" with an analytic first step. All are tried on the first `QUICK` noises, and the best
-        `SHORTLIST` of each kind on all.
+        Those that reached the last rung, plain and analytic ones, best first.
     """
-    quick = selector.head(QUICK)
     listed = islice(baselines(space.noise_schedule, nfe or space.nfe, final_time=space.final_time), limit)
-    kinds: dict[str, list[tuple[float, str, SolverSchedule]]] = {}
-    for text, schedule in listed:
-        kinds.setdefault("analytic" if schedule.analytic_first_step else "plain", []).append((quick(schedule), text, schedule))
-    best = {}
-    for kind, tried in kinds.items():
-        shortlist = sorted(tried, key=lambda item: item[0])[:SHORTLIST]
-        _, text, schedule = min(shortlist, key=lambda item: selector(item[2]))
-        best[kind] = score(schedule, test, text)
-    return best
+    left = [Classic(text, 0.0, schedule) for text, schedule in listed]
+    for noises, stay in RUNGS:
+        if noises < len(selector.x_T) and stay < len(left):
+            few = selector.head(noises)
+            left = sorted((replace(c, value=few(c.schedule)) for c in left), key=lambda c: c.value)
+            # Half of the places for either kind, or the better kind would leave no one to compare with.
+            left = [c for kind in ("plain", "analytic") for c in [c for c in left if c.kind == kind][: stay // 2]]
+    worth = selector if ledger is None else remembered(selector, ledger)
+    return sorted((replace(c, value=worth(c.schedule)) for c in left), key=lambda c: c.value)
+
+
+def screening_cost(count: int, noises: int) -> int:
+    """Samples that `classics` draws for ``count`` baselines and a selector of so many noises."""
+    total = 0
+    for few, stay in RUNGS:
+        if few < noises and stay < count:
+            total, count = total + few * count, stay
+    return total + noises * count
+
+
+def best_of_each_kind(found: Sequence[Classic], test: Objective) -> dict[str, Score]:
+    """The first "plain" and the first "analytic" one, scored on the test's noises."""
+    first: dict[str, Classic] = {}
+    for classic in found:
+        first.setdefault(classic.kind, classic)
+    return {kind: score(classic.schedule, test, classic.text) for kind, classic in first.items()}
 
 
 def with_provenance(schedule: SolverSchedule, name: str, facts: Mapping[str, Any]) -> SolverSchedule:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from samplers import NoiseSchedule, SolverSchedule
 
-from .ledger import Ledger, engine_options, patiently, storage_url
-from .objective import PENALTY
+from .ledger import Ledger, engine_options, evaluation, patiently, storage_url
 from .space import SearchSpace
 from .starts import seeds as baseline_seeds
 from .strategies import (
@@ -107,6 +104,7 @@ def run_search(
     *,
     study_name: str | None = None,
     warm_start: Sequence[SolverSchedule] = (),
+    seeds: int | None = None,
     heartbeat: int = HEARTBEAT,
     grace: int = GRACE,
     progress: Callable[[Study, FrozenTrial], None] | None = None,
@@ -125,6 +123,8 @@ def run_search(
         seed: of all randomness.
         study_name: in the storage; made of space, objective, strategy and seed when None.
         warm_start: schedules to evaluate first, as those of a neighbouring NFE; adopted into the space.
+        seeds: how many schedules are evaluated before any is proposed, warm starts included; at most 40% of the trials, which
+            None means.
         heartbeat: seconds between a worker's signs of life (RDB storages).
         grace: seconds of silence after which a trial is failed and retried.
         progress: called after every trial of this process.
@@ -137,11 +137,12 @@ def run_search(
     space = space.with_mean(getattr(objective, "first_x0", None) is not None)
     url = None if storage is None else storage_url(storage)
     ledger = Ledger(url)
-    suggest, sampler = _strategy(strategy, space, trials, seed, warm_start)
+    first = _first(space, trials, warm_start, seeds)
+    suggest, sampler = _strategy(strategy, space, trials, seed, first)
     name = study_name or _study_name(space, objective, strategy, seed)
     study = _open_study(name, url, sampler, heartbeat, grace)
     try:
-        _claim(study, _settings(space, objective, strategy), space, strategy, warm_start, trials)
+        _claim(study, _settings(space, objective, strategy), space, strategy, first)
         run = _runner(objective, ledger, suggest)
         callbacks = [MaxTrialsCallback(trials, states=(TrialState.COMPLETE,)), *([] if progress is None else [progress])]
         if len(_complete(study)) < trials:
@@ -172,17 +173,16 @@ def _check(space: SearchSpace, objective: Scorer, strategy: str, trials: int) ->
 
 
 def _strategy(
-    strategy: str, space: SearchSpace, trials: int, seed: int, warm_start: Sequence[SolverSchedule]
+    strategy: str, space: SearchSpace, trials: int, seed: int, first: Sequence[SolverSchedule]
 ) -> tuple[Callable[[Trial], SolverSchedule] | None, BaseSampler]:
     """How a trial gets its schedule: from its parameters, or from the sampler (None)."""
-    first = [] if strategy == "random" else baseline_seeds(space, _seed_count(trials), warm_start)
     proposers = {
         "s3": lambda: S3Proposer(space, budget=trials, seed=seed),
         "evolution": lambda: EvolutionProposer(space),
         "random": lambda: RandomProposer(space),
     }
     if strategy in proposers:
-        return None, ScheduleSampler(proposers[strategy](), first, budget=trials, seed=seed)
+        return None, ScheduleSampler(proposers[strategy](), [] if strategy == "random" else first, budget=trials, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental arguments
         if strategy == "cmaes":
@@ -195,8 +195,9 @@ def _strategy(
         return everything(space), optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-def _seed_count(trials: int) -> int:
-    return max(int(SEED_SHARE * trials), 1)
+def _first(space: SearchSpace, trials: int, warm_start: Sequence[SolverSchedule], seeds: int | None) -> list[SolverSchedule]:
+    allowed = max(int(SEED_SHARE * trials), 1)
+    return baseline_seeds(space, allowed if seeds is None else min(seeds, allowed), warm_start)
 
 
 def _open_study(name: str, url: str | None, sampler: BaseSampler, heartbeat: int, grace: int) -> Study:
@@ -235,8 +236,7 @@ def _claim(
     settings: dict[str, Any],
     space: SearchSpace,
     strategy: str,
-    warm_start: Sequence[SolverSchedule],
-    trials: int,
+    first: Sequence[SolverSchedule],
 ) -> None:
     """The first worker writes the settings and hands baselines to Optuna's samplers; later ones must agree."""
     known = study.user_attrs.get(SETTINGS)
@@ -248,7 +248,7 @@ def _claim(
     if known is None:
         study.set_user_attr(SETTINGS, settings)
         if strategy in ("tpe", "gp"):
-            for schedule in baseline_seeds(space, min(_seed_count(trials), 20), warm_start):
+            for schedule in first[:20]:
                 study.enqueue_trial(as_parameters(space, schedule), skip_if_exists=True)
 
 
@@ -258,7 +258,6 @@ class _runner:
     def __init__(self, objective: Scorer, ledger: Ledger, suggest: Callable[[Trial], SolverSchedule] | None) -> None:
         self.objective, self.ledger, self.suggest = objective, ledger, suggest
         self.schedule: SolverSchedule | None = None
-        self.digest = getattr(objective, "digest", None)
 
     def __call__(self, trial: Trial) -> float:
         if self.suggest is None:
@@ -266,21 +265,9 @@ class _runner:
         else:
             self.schedule = self.suggest(trial)
             trial.set_user_attr(SCHEDULE, schedule_text(self.schedule))
-        key = None if self.digest is None else Ledger.key(self.digest, self.schedule)
-        record = None if key is None else self.ledger.get(key)
-        cached = record is not None
-        if record is None:
-            start = time.perf_counter()
-            record = {"terms": self._evaluate(self.schedule), "seconds": time.perf_counter() - start}
-            if key is not None:
-                self.ledger.put(key, record)
-        trial.set_user_attr(EVALUATION, {**record, "cached": cached})
-        return record["terms"]["value"]
-
-    def _evaluate(self, schedule: SolverSchedule) -> dict[str, float]:
-        whole = getattr(self.objective, "evaluate", None)
-        terms = {"value": float(self.objective(schedule))} if whole is None else whole(schedule)
-        return terms if math.isfinite(terms["value"]) else {"value": PENALTY}
+        record = evaluation(self.objective, self.schedule, self.ledger)
+        trial.set_user_attr(EVALUATION, record)
+        return float(record["terms"]["value"])
 
 
 def _requeue(study: Study, schedule: SolverSchedule | None) -> None:

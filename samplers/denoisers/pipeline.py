@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,17 +54,69 @@ def from_pipeline(
     if noise.family != model.family:
         raise ValueError(f"the noise schedule is {noise.kind}, the pipeline's model is of the {model.family} family")
     step = watch_step(pipe, call_kwargs)
-    return _denoiser(step, model, noise, chunk), _decoder(pipe, call_kwargs, chunk), tuple(step.latents.shape[1:])
+    clock = tuple(_clock(call, step.timestep) for call in step.calls)
+    return PipelineDenoiser(step, model, noise, chunk, clock), _decoder(pipe, call_kwargs, chunk), tuple(step.latents.shape[1:])
 
 
-def _denoiser(step: WatchedStep, model: ModelConfig, noise: NoiseSchedule, chunk: int | None) -> Denoiser:
-    conditions = len(step.latents)
-    clock = [_clock(call, step.timestep) for call in step.calls]
+@dataclass(frozen=True, eq=False)
+class PipelineDenoiser:
+    """``(x, t) -> x0`` through a pipeline's network, guidance included.
 
-    def answer(x: Tensor, t: Tensor, rows: Tensor, scale: Any) -> Tensor:
-        answers = []
-        timestep = noise.timestep(t)
-        for call, ratio in zip(step.calls, clock, strict=True):
+    Attributes:
+        step: the pipeline's conditioning and how it calls and combines.
+        model: what the network predicts.
+        noise_schedule: of ``t``.
+        chunk: samples per network call; all when None.
+        clock: per call, the network's timestep over the scheduler's.
+        rows: (B,) condition of every row of the state; None gives row i the i-th, in turn.
+    """
+
+    step: WatchedStep
+    model: ModelConfig
+    noise_schedule: NoiseSchedule
+    chunk: int | None
+    clock: tuple[float, ...]
+    rows: Tensor | None = None
+
+    @property
+    def conditions(self) -> int:
+        """Number of conditions that the rows take in turn."""
+        return len(self.step.latents)
+
+    def for_rows(self, rows: Tensor) -> PipelineDenoiser:
+        """The denoiser of some rows of a larger state.
+
+        Args:
+            rows: (B,) their places in it; they keep the conditions that they have there.
+        """
+        return replace(self, rows=rows.cpu() % self.conditions)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, *E) states and a 0-d time to the data prediction.
+
+        Raises:
+            ValueError: states of another shape, or another number of them than ``rows`` names.
+        """
+        if x.shape[1:] != self.step.latents.shape[1:]:
+            raise ValueError(f"the state has shape (B, {self.step.latents.shape[1:]}), got {tuple(x.shape)}")
+        if self.rows is not None and len(self.rows) != len(x):
+            raise ValueError(f"this denoiser is that of {len(self.rows)} rows, got {len(x)}")
+        t = torch.as_tensor(t, dtype=torch.float64)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha, sigma = self.noise_schedule.alpha_sigma(t)
+        levels = (alpha, sigma) if t.requires_grad else (alpha.item(), sigma.item())
+        scale = 1.0 if self.model.sigma_data is None else (levels[1] ** 2 + self.model.sigma_data**2) ** -0.5
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
+            index = torch.arange(len(x)) % self.conditions if self.rows is None else self.rows
+            outputs = [self._answer(*part, scale) for part in _parts(x.to(dtype), t, index, self.chunk)]
+            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return to_x0(output, x.to(dtype), *levels, self.model.prediction_type, self.model.sigma_data)
+
+    def _answer(self, x: Tensor, t: Tensor, rows: Tensor, scale: Any) -> Tensor:
+        """The network's answer for some rows, combined as the pipeline does it."""
+        step, answers = self.step, []
+        timestep = self.noise_schedule.timestep(t)
+        for call, ratio in zip(step.calls, self.clock, strict=True):
             state = torch.cat([x * scale] * step.copies).to(call.state.dtype)
             told = (timestep * ratio).to(device=x.device, dtype=call.timestep.dtype)
             told = told if call.timestep.ndim == 0 else told.expand(len(state))
@@ -71,22 +124,6 @@ def _denoiser(step: WatchedStep, model: ModelConfig, noise: NoiseSchedule, chunk
             output = step.network(**{call.state_name: state}, timestep=told, **bound, return_dict=False)
             answers.append((output if torch.is_tensor(output) else output[0]).to(x.dtype))
         return step.combine(answers)
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        if x.shape[1:] != step.latents.shape[1:]:
-            raise ValueError(f"the state has shape (B, {step.latents.shape[1:]}), got {tuple(x.shape)}")
-        t = torch.as_tensor(t, dtype=torch.float64)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha, sigma = noise.alpha_sigma(t)
-        levels = (alpha, sigma) if t.requires_grad else (alpha.item(), sigma.item())
-        scale = 1.0 if model.sigma_data is None else (levels[1] ** 2 + model.sigma_data**2) ** -0.5
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
-            index = torch.arange(len(x)) % conditions
-            outputs = [answer(*part, scale) for part in _parts(x.to(dtype), t, index, chunk)]
-            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            return to_x0(output, x.to(dtype), *levels, model.prediction_type, model.sigma_data)
-
-    return denoiser
 
 
 def _parts(x: Tensor, t: Tensor, index: Tensor, chunk: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from samplers.denoisers import GaussianMixture
 from samplers.evaluation import FeatureMoments, frechet_distance
 from search import PENALTY, STRATEGIES, Objective, Predictor, SearchSpace, run_search, seeds, teacher
 from search.refine import refine
-from search.selection import best_baselines, score, select, with_provenance
+from search.selection import best_of_each_kind, classics, ranked, score, with_provenance
 
 NOISE = NoiseSchedule.vp_linear()
 
@@ -270,13 +270,16 @@ def test_refinement_lowers_held_out_error(objective: Objective) -> None:
 def test_selection_and_provenance(objective: Objective, generator: Callable[..., torch.Generator], tmp_path: Path) -> None:
     space, test = SearchSpace(NOISE, 4), _objective(n=64, seed=9)
     candidates = seeds(space, 6)
-    chosen = select(candidates, [test])
+    chosen = ranked(candidates, [test])[0]
     assert test(chosen) == min(test(schedule) for schedule in candidates)
     found = score(chosen, test, "chosen")
     assert found.low < found.value < found.high
     assert found.value == pytest.approx(test(chosen))
-    best = best_baselines(space, objective, test, limit=12)
+    known = classics(space, objective, limit=12)
+    assert [c.value for c in known] == sorted(objective(c.schedule) for c in known)
+    best = best_of_each_kind(known, test)
     assert set(best) == {"plain", "analytic"}
+    assert min(b.value for b in best.values()) <= test(known[0].schedule)
     shipped = with_provenance(chosen, "name", {"scores": [found.to_dict()]})
     shipped.save(tmp_path / "name.json")
     assert SolverSchedule.load(tmp_path / "name.json") == shipped

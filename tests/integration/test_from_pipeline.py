@@ -1,6 +1,7 @@
 """Pipelines as denoisers: the native loop with `from_pipeline` is the pipeline's own run, latents and pictures."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from samplers import NoiseSchedule, SolverSchedule, recipe, sample
 from samplers.denoisers import from_pipeline
 from samplers.reference import load
 from samplers.schedulers import swap
+from search.pipeline_problem import pipeline_problem
 
 NFE = 4
 
@@ -141,3 +143,18 @@ def test_refusals(build: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) 
         from_pipeline(tiny.pipe, **_inputs(tiny))
     assert tiny.pipe.scheduler is scheduler
     assert len(tiny.denoiser._forward_hooks) == handles
+
+
+def test_rows_keep_their_conditions() -> None:
+    """What is solved in parts, or for some rows alone, is what these rows are in the whole."""
+    problem = pipeline_problem(load("digits-conditional"), {"class_labels": [3, 1, 4], "guidance_scale": 2.0})
+    whole = problem.endpoint("train", 7, 0, 20)
+    parts = replace(whole, batch_size=2)
+    schedule = recipe("ddim", problem.noise_schedule, 3)
+    torch.testing.assert_close(parts.samples(schedule), whole.samples(schedule), atol=1e-4, rtol=1e-4)
+    rows = torch.tensor([4, 0, 5])
+    torch.testing.assert_close(whole.solve(schedule, rows), whole.samples(schedule)[rows], atol=1e-4, rtol=1e-4)
+    misplaced = sample(problem.denoiser, whole.x_T[rows], schedule, problem.noise_schedule)
+    assert (misplaced - whole.samples(schedule)[rows]).abs().max() > 0.1
+    with pytest.raises(ValueError, match="3 rows"):
+        problem.denoiser.for_rows(rows)(whole.x_T, torch.tensor(0.5))
