@@ -105,6 +105,8 @@ class Cifar:
         self.noise = NoiseSchedule.from_config(self.pipe.scheduler.config)
         self.judge = trained_judge(data, cache / "cifar-judge.safetensors")
         self.data, self.classes = thinned_images(data)
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
+        self.reference = self.data[order[:3000]]  # for precision
         self.denoiser = from_network(self.pipe.unet, self.noise)
         self.top_variance = top_eigenvalue(self.data[:4000])
 
@@ -194,7 +196,7 @@ class Cifar:
 
     def measure(self, x: Tensor) -> Row:
         shares = self.rare(x)
-        precision = precision_recall(x.flatten(1), self.data.flatten(1), k=3).precision
+        precision = precision_recall(x.flatten(1), self.reference.flatten(1), k=3).precision
         return {**shares, "both": sum(shares.values()), "precision": precision}
 
     def draw(self, text: str, steps: int, guide: Any = None, count: int | None = None) -> Tensor:

@@ -13,7 +13,6 @@ from .common import (
     ClassLabelsOption,
     DeviceOption,
     DtypeOption,
-    GuidanceOption,
     JsonOption,
     ModelOption,
     OfflineOption,
@@ -28,7 +27,7 @@ app = typer.Typer(help=__doc__.split(": ", 1)[1], no_args_is_help=True)
 
 LABEL_HELP = (
     "Bin (-1 the rarest, 0 the commonest); kinds in turn: 'each', 'part:K,K', or 'missing:K', the K kinds that the unguided "
-    "images have least of (a few hundred images tell)."
+    "images have too little of (a few hundred images tell)."
 )
 DataOption = Annotated[str, typer.Option("--data", help="Images: folder, zip, npz, digits, torchvision:..., datasets:...")]
 
@@ -98,7 +97,7 @@ def score(
     if as_json:
         typer.echo(json.dumps(record))
         return
-    rows = ", one row per class" if within_class else ""
+    rows = " (one row per class)" if within_class else ""
     out_console.print(f"{len(scores)} images scored at alpha_bar {scorer.level:.4g}: {out / 'scores.safetensors'}")
     out_console.print(f"look at {out / 'rarest.png'}{rows} before training: damaged or mislabelled images also score as rare")
 
@@ -186,11 +185,11 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for images and report; an interrupted run in it is completed.")],
     sampler: Annotated[str, typer.Option(help="Recipe text, path of a JSON schedule, or a shipped name.")] = "ddpm",
     num: Annotated[int, typer.Option(min=1, help="Images, guided and as many unguided.")] = 100,
-    scale: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    scale: Annotated[float, typer.Option(help="Scale of the guidance towards the bin.")] = 4.0,
     label: Annotated[str, typer.Option(help=LABEL_HELP)] = "-1",
     window: Annotated[str, typer.Option(help="low,high in alpha_bar: where guidance acts.")] = "0,1",
     class_labels: ClassLabelsOption = None,
-    guidance: GuidanceOption = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of the pipeline's own classifier-free guidance.")] = None,
     rejection: Annotated[int, typer.Option(min=0, help="Also draw so many times more images and keep the rarest.")] = 0,
     reference: Annotated[int, typer.Option(min=100, help="Real images to compare with.")] = 2000,
     protocol: Annotated[str, typer.Option(help="Features to compare in.")] = "fd-pixel",
