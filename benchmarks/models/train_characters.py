@@ -1,4 +1,4 @@
-"""Train the character model of the discrete benchmark: masked diffusion over windows of 64 characters, 2.4 M parameters.
+"""Train the character model of the discrete benchmark: masked diffusion over windows of 64 characters, 2.2 M parameters.
 
     python benchmarks/models/train_characters.py --data tinyshakespeare.txt --work DIR [--steps 3600]
 
