@@ -73,5 +73,20 @@ class Correction:
         partial = path.with_name(path.name + ".part")
         partial.write_text(json.dumps(record) + "\n")
         partial.replace(path)
-        facts = {"target": dict(self.fk.target.exponents), "images": f"{batch.start} to {batch.stop - 1}", **run.approximations}
-        trace_page(run.trace, self.out / PAGE, names=[f"image {i}" for i in batch], facts=facts)
+        law = " * ".join(f"{name}^{g:g}" for name, g in self.fk.target.exponents.items())
+        facts = {
+            "target": law,
+            "shown": f"images {batch.start} to {batch.stop - 1}, the last batch; {WEIGHTS} has all",
+            **{name: f"{share:.2%}" for name, share in run.approximations.items()},
+        }
+        names, pictures = [f"image {i}" for i in batch], [self._picture(i) for i in batch]
+        kept = [row % k for row in run.kept.tolist()]
+        trace_page(run.trace, self.out / PAGE, names=names, facts=facts, kept=kept, pictures=pictures)
+
+    def _picture(self, number: int) -> Any:
+        """The saved image (C, H, W) in [0, 1]."""
+        from PIL import Image
+        from torchvision.transforms.functional import to_tensor
+
+        with Image.open(self.out / f"{number:05d}.png") as image:
+            return to_tensor(image)

@@ -77,5 +77,6 @@ def sample(
     if as_json:
         typer.echo(json.dumps({**record, "out": str(out)}))
     else:
-        counted = f"{record['counted_nfe']:g} evaluations each" if "counted_nfe" in record else "already there"
+        of_each = "each" if fk is None else f"for each of the {particles} particles of an image"
+        counted = f"{record['counted_nfe']:g} evaluations {of_each}" if "counted_nfe" in record else "already there"
         out_console.print(f"{num} images in {out} ({counted}); grid: {out / 'grid.png'}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .resampling import resample
+from .resampling import Generators, draw_one, resample
 from .weights import conditional_ess, ess, log_mean_exp, normalise, tempered
 
 PICKS = ("all", "sample", "max")
@@ -81,10 +81,8 @@ class Trace:
 class Population:
     """Running log-weights of P groups of K particles; particle k of group p is row p K + k of every batch."""
 
-    def __init__(
-        self, groups: int, particles: int, rules: Rules, device: torch.device, generator: torch.Generator | None
-    ) -> None:
-        """Start with equal weights; ``generator`` is the source of resampling's draws."""
+    def __init__(self, groups: int, particles: int, rules: Rules, device: torch.device, generator: Generators) -> None:
+        """Start with equal weights; ``generator`` is the source of resampling's draws, or a list with one for each group."""
         self.rules, self.generator = rules, generator
         # MPS has no float64; the weights are few, so they live on the CPU there.
         self.device = torch.device("cpu") if device.type == "mps" else device
@@ -158,7 +156,7 @@ class Population:
             warnings.warn("all particles of a group have zero weight: its images are as good as unweighted", stacklevel=2)
         return total
 
-    def pick(self, how: str, generator: torch.Generator | None = None) -> Tensor:
+    def pick(self, how: str, generator: Generators = None) -> Tensor:
         """Rows to keep: "all" of them (P K,), or one per group (P,) drawn by weight ("sample") or the heaviest ("max").
 
         Raises:
@@ -170,11 +168,7 @@ class Population:
         if how == "all":
             return rows.reshape(-1)
         w = normalise(self.log_w)
-        if how == "max":
-            chosen = w.argmax(-1, keepdim=True)
-        else:
-            at = self.device if generator is None else generator.device
-            chosen = torch.multinomial(w.to(at), 1, generator=generator).to(self.device)
+        chosen = w.argmax(-1, keepdim=True) if how == "max" else draw_one(w, generator)
         return rows.gather(-1, chosen).reshape(-1)
 
 
@@ -227,7 +221,7 @@ class Cloud:
             return self.x
         grouped = self.log_w.ndim == 2
         w, x = (self.w, self.x) if grouped else (self.w[None], self.x[None])
-        chosen = w.argmax(-1) if how == "max" else torch.multinomial(w, 1, generator=generator)[:, 0]
+        chosen = w.argmax(-1) if how == "max" else draw_one(w, generator)[:, 0]
         picked = x[torch.arange(len(x)), chosen.to(x.device)]
         return picked if grouped else picked[0]
 

@@ -7,15 +7,17 @@ All work on groups at once, draw from an explicit generator, and stay on the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .weights import clean, normalise
 
+Generators = torch.Generator | Sequence[torch.Generator] | None  # a sequence has one for each group
 
-def resample(log_w: Tensor, scheme: str = "systematic", generator: torch.Generator | None = None) -> Tensor:
+
+def resample(log_w: Tensor, scheme: str = "systematic", generator: Generators = None) -> Tensor:
     """Draw ancestors so that particle i has K W_i offspring on average.
 
     Args:
@@ -23,26 +25,35 @@ def resample(log_w: Tensor, scheme: str = "systematic", generator: torch.Generat
         scheme: one of `SCHEMES`. "systematic" varies least and is the default; "ssp" has the same offspring bounds with a proof
             of consistency; "killing", "ssp" and "birth_death" have a limit when weights are small and resampling is done every
             step; "multinomial" is for reference.
-        generator: source of the uniforms.
+        generator: source of the uniforms; a list has one for each group, whose ancestors then do not depend on the others.
 
     Returns:
         Ancestors, int64 in [0, K), in the shape of ``log_w``.
 
     Raises:
-        ValueError: unknown scheme, or a shape without particles.
+        ValueError: unknown scheme, a shape without particles, or another number of generators than groups.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown resampling scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     if log_w.ndim not in (1, 2) or log_w.shape[-1] == 0:
         raise ValueError(f"log_w must have shape (K,) or (P, K) with K >= 1, got {tuple(log_w.shape)}")
     rows = clean(torch.atleast_2d(log_w))
+    if isinstance(generator, Sequence) and len(generator) != len(rows):
+        raise ValueError(f"{len(generator)} generators for {len(rows)} groups; pass one for each, or one alone")
     return SCHEMES[scheme](rows, generator).reshape(log_w.shape)
 
 
-def uniforms(rows: int, columns: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """(rows, columns) float64 in [0, 1), drawn where the generator lives."""
+def uniforms(rows: int, columns: int, generator: Generators, device: torch.device) -> Tensor:
+    """(rows, columns) float64 in [0, 1), drawn where the generator lives; with several, each draws its row."""
+    if isinstance(generator, Sequence):
+        return torch.cat([uniforms(1, columns, one, device) for one in generator])
     at = device if generator is None else generator.device
     return torch.rand(rows, columns, generator=generator, dtype=torch.float64, device=at).to(device)
+
+
+def draw_one(w: Tensor, generator: Generators) -> Tensor:
+    """One index (P, 1) per row of the weights (P, K), drawn in proportion to them."""
+    return _invert(w, uniforms(len(w), 1, generator, w.device))
 
 
 def _invert(w: Tensor, points: Tensor) -> Tensor:
@@ -62,21 +73,21 @@ def _repeat(counts: Tensor) -> Tensor:
     return torch.repeat_interleave(each, counts.reshape(-1), output_size=rows * k).reshape(rows, k)
 
 
-def _multinomial(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _multinomial(log_w: Tensor, generator: Generators) -> Tensor:
     return _invert(log_w.softmax(-1), uniforms(*log_w.shape, generator, log_w.device))
 
 
-def _spaced(log_w: Tensor, generator: torch.Generator | None, columns: int) -> Tensor:
+def _spaced(log_w: Tensor, generator: Generators, columns: int) -> Tensor:
     k = log_w.shape[-1]
     jitter = uniforms(len(log_w), columns, generator, log_w.device)
     return _invert(log_w.softmax(-1), (torch.arange(k, device=log_w.device) + jitter) / k)
 
 
-def _stratified(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _stratified(log_w: Tensor, generator: Generators) -> Tensor:
     return _spaced(log_w, generator, log_w.shape[-1])
 
 
-def _systematic(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _systematic(log_w: Tensor, generator: Generators) -> Tensor:
     return _spaced(log_w, generator, 1)
 
 
@@ -87,7 +98,7 @@ def _floors(log_w: Tensor) -> tuple[Tensor, Tensor]:
     return whole.long(), (expected - whole).clamp(min=0.0)
 
 
-def _residual(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _residual(log_w: Tensor, generator: Generators) -> Tensor:
     k = log_w.shape[-1]
     counts, rest = _floors(log_w)
     missing = k - counts.sum(-1, keepdim=True)
@@ -97,7 +108,7 @@ def _residual(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
     return _repeat(counts.scatter_add(-1, drawn, wanted.long()))
 
 
-def _ssp(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _ssp(log_w: Tensor, generator: Generators) -> Tensor:
     """Pairs of fractional expectations play against each other until each is 0 or 1 (the pivotal method)."""
     counts, rest = _floors(log_w)
     draws = uniforms(*log_w.shape, generator, log_w.device)
@@ -130,7 +141,7 @@ def _pivotal(p: list[float], u: list[float], wanted: int) -> list[int]:
     return chosen
 
 
-def _killing(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _killing(log_w: Tensor, generator: Generators) -> Tensor:
     """Each particle stays with probability W_i / max W; the killed are replaced by independent draws."""
     k = log_w.shape[-1]
     draws = uniforms(len(log_w), 2 * k, generator, log_w.device)
@@ -138,7 +149,7 @@ def _killing(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.where(stays, torch.arange(k, device=log_w.device), _invert(log_w.softmax(-1), draws[:, k:]))
 
 
-def _birth_death(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
+def _birth_death(log_w: Tensor, generator: Generators) -> Tensor:
     """The jump process of the Feynman-Kac equation: few particles move, and the law is right to first order in the weights.
 
     A particle whose log-weight is below the mean dies at the rate of the gap (an exponential clock, which has no memory, so
@@ -154,7 +165,7 @@ def _birth_death(log_w: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.where(dies, _invert(above, draws[:, k:]), torch.arange(k, device=log_w.device))
 
 
-SCHEMES: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+SCHEMES: dict[str, Callable[[Tensor, Generators], Tensor]] = {
     "systematic": _systematic,
     "stratified": _stratified,
     "residual": _residual,

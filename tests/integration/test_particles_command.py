@@ -30,9 +30,16 @@ def test_corrected_images_with_their_weights(tmp_path: Path) -> None:
     assert sorted(weights) == ["0", "1", "2"]
     assert all(len(entry["log_w"]) == 4 and 0 <= entry["kept"] < 4 for entry in weights.values())
     assert "image 2" in (tmp_path / "a" / "particles.html").read_text()
-    # the page is of the last batch, the weights of all
+    # the page is of the last batch, the weights of all; and an image does not depend on its batch
     alone = fewstep(*shared, "--num", "3", "--class-labels", "3,5", "--out", str(tmp_path / "b"), "--batch-size", "4")
     assert alone.exit_code == 0, alone.exception
+    again = json.loads((tmp_path / "b" / "particles.json").read_text())
+    for name, entry in weights.items():
+        assert again[name]["kept"] == entry["kept"]
+        assert again[name]["log_z"] == pytest.approx(entry["log_z"], abs=1e-3)
+    page = (tmp_path / "b" / "particles.html").read_text()
+    assert "images 2 to 2" in page
+    assert page.count("<img") == 2
 
 
 @pytest.mark.parametrize(
@@ -58,10 +65,16 @@ def test_figure_and_page(tmp_path: Path) -> None:
     cloud = FeynmanKac(Target.cfg(4.0)).sample(
         denoisers, ns, torch.logspace(1, -1, 9), particles=5, shape=(1,), groups=2, generator=torch.Generator().manual_seed(0)
     )
+    pictures = [torch.rand(1, 4, 4), torch.rand(3, 4, 4)]
     page = trace_page(cloud.trace, tmp_path / "p.html", names=["<first>"], images=torch.rand(5, 3, 4, 4))
+    assert trace_page(cloud.trace, tmp_path / "r.html", kept=[4, 0], pictures=pictures).read_text().count("<img") == 3
     text = page.read_text()
     assert "&lt;first&gt;" in text
     assert text.count("<tr>") == 3
     assert (tmp_path / "p.png").stat().st_size > 5000
     with pytest.raises(ValueError, match=r"group 2 is outside 0..1"):
         trace_figure(cloud.trace, tmp_path / "q.png", group=2)
+    with pytest.raises(ValueError, match=r"kept particle 5 is outside 0..4"):
+        trace_figure(cloud.trace, tmp_path / "q.png", kept=5)
+    with pytest.raises(ValueError, match="2 images for 5 particles"):
+        trace_figure(cloud.trace, tmp_path / "q.png", images=torch.rand(2, 1, 4, 4))

@@ -103,6 +103,17 @@ def test_same_generator_same_ancestors(generator: Gen) -> None:
         assert torch.equal(resample(log_w, scheme, generator()), resample(log_w + 100.0, scheme, generator()))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_groups_with_generators_of_their_own(scheme: str, generator: Gen) -> None:
+    """What becomes of a group does not depend on the others."""
+    log_w = torch.randn(3, 8, generator=generator(5), dtype=torch.float64)
+    together = resample(log_w, scheme, [generator(seed) for seed in range(3)])
+    for seed in range(3):
+        assert torch.equal(together[seed], resample(log_w[seed], scheme, generator(seed)))
+    with pytest.raises(ValueError, match="2 generators for 3 groups"):
+        resample(log_w, scheme, [generator(), generator()])
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown resampling scheme 'sistematic'; known: systematic"):
         resample(torch.zeros(3), "sistematic")

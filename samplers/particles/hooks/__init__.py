@@ -50,7 +50,8 @@ def attach(
         decode: what the reward sees: None for x0-predictions as they are (latents), "image" for the pipeline's own decoding to
             [0, 1], or a function of the latents.
         batch_size: most rows of one network call.
-        generator: of resampling; None derives one from the call's generator, without drawing from that.
+        generator: of resampling; None derives it from the call's generator, or one per prompt from the call's list of them,
+            without drawing from these.
         expand: repeat every class label K times, also where labels come in runs of K equal ones.
 
     Yields:
@@ -107,7 +108,7 @@ class _Attachment:
             scale = set_guidance(self.pipe, self.settings.target, given) if self.exact else None
             eta = share_of_noise(self.pipe, given)
             check_scheduler(self.scheduler, exact=self.exact, resamples=self.resamples, eta=eta)
-            source = self.generator if self.generator is not None else resampling_generator(given)
+            source = self.generator if self.generator is not None else resampling_generator(given, self.run.particles)
             self.prepared = Call(self.run.particles, scale, source, self.pick, decoder(self.pipe, self.decode)), eta
             self.catcher.clear()
             self.run.steps = None

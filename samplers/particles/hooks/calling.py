@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..resampling import Generators
 from ..targets import Target
 
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -112,11 +113,19 @@ def _children(generator: torch.Generator, particles: int) -> list[torch.Generato
     return [generator, *made]
 
 
-def resampling_generator(given: dict[str, Any]) -> torch.Generator | None:
-    """A generator for resampling, derived from the call's own without drawing from it; None where it has none."""
+def resampling_generator(given: dict[str, Any], particles: int) -> Generators:
+    """A generator for resampling, derived from the call's own without drawing from it; None where it has none.
+
+    Where the call has one generator per image, each group gets its own: what becomes of it does not depend on its batch.
+    """
     generators = given.get("generator")
-    first = generators[0] if isinstance(generators, list) else generators
-    return None if first is None else torch.Generator().manual_seed((first.initial_seed() * 3 + MIX) % (1 << 63))
+    if isinstance(generators, list):
+        return [_derived(first) for first in generators[::particles]]
+    return None if generators is None else _derived(generators)
+
+
+def _derived(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed((generator.initial_seed() * 3 + MIX) % (1 << 63))
 
 
 def set_guidance(pipe: Any, target: Target, given: dict[str, Any]) -> float | None:

@@ -13,6 +13,7 @@ from ...parametrization import to_x0, x0_coefficients
 from ..cloud import Population, Trace
 from ..path import disagreement, first_weight, log_density_change, log_interval
 from ..potentials import Steering
+from ..resampling import Generators
 from ..settings import Settings
 from .branches import CONDITIONAL_FIRST, TOLERANCE, Catcher, mismatch
 from .plans import Plan, permute
@@ -34,7 +35,7 @@ class Call:
 
     particles: int
     scale: float | None
-    generator: torch.Generator | None
+    generator: Generators
     pick: str
     decode: Decode
 
