@@ -100,7 +100,7 @@ class ExactTask(Subject):
         for target, given in targets.items():
             if self.cells.fits(nfe, target) and (target == "law" or (self.seed == 1 and nfe <= 8)):
                 args = (self.model, self.process, self.law.ndim, nfe, "auto", "exact_kl", given)
-                self.cell(nfe, f"learned exact_kl, {target}", lambda args=args: fit(*args, settings=FitSettings(budget=80)))
+                self.cell(nfe, f"learned exact_kl, {target}", lambda args=args: fit(*args, settings=FitSettings(budget=100)))
 
     def learn_otherwise(self, nfe: int) -> None:
         """All other objectives, on the first seed's laws."""

@@ -110,7 +110,8 @@ MASKED_ONLY = ("count", "unmask", "remask")
 def default_spaces(process: str, nfe: int, seq_len: int, *, sampled: bool) -> list[KnobSpace]:
     """The families worth trying: all are fitted, the best on fresh noise is kept."""
     if process == "uniform":
-        choices = [("euler", ("t", "rate")), ("tweedie", ("t", "temp"))]
+        rates = ("t", "rate") if sampled else ("t", "rate", "temp")  # a gradient is not troubled by more numbers, a search is
+        choices = [("euler", rates), ("tweedie", ("t", "temp"))]
     elif sampled:
         choices = [("fixed_count", ("count", "temp"))]
     else:
