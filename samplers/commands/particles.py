@@ -20,6 +20,7 @@ TargetOption = Annotated[
 ParticlesOption = Annotated[int, typer.Option("--particles", min=1, help="Particles per image (with --target).")]
 PickOption = Annotated[str, typer.Option("--pick", help="Which particle becomes the image: sample (by weight) or max.")]
 WEIGHTS, PAGE = "particles.json", "particles.html"
+LONG = " (long: weights are taken at its start; add grid=logsnr to the sampler, or evaluations)"
 
 
 def check(target: str | None, particles: int, pick: str, guidance: float | None) -> FeynmanKac | None:
@@ -38,7 +39,13 @@ def check(target: str | None, particles: int, pick: str, guidance: float | None)
 
     if guidance is not None:
         raise ValueError(f"--guidance {guidance:g} and --target {target} both say how to guide; leave --guidance out")
-    return FeynmanKac(Target.parse(target))
+    law = Target.parse(target)
+    if dict(law.exponents) == {"model": 1.0}:
+        raise ValueError(
+            f"--target {target} is the model's own law, where particles weigh nothing; tilt it by a reward, in Python "
+            "with Target.power(1.0).with_reward(...)"
+        )
+    return FeynmanKac(law)
 
 
 class Correction:
@@ -78,6 +85,7 @@ class Correction:
             "target": law,
             "shown": f"images {batch.start} to {batch.stop - 1}, the last batch; {WEIGHTS} has all",
             **{name: f"{share:.2%}" for name, share in run.approximations.items()},
+            "longest step, ln(s / s')": f"{run.longest_step:.2f}" + (LONG if run.longest_step > 0.5 else ""),
         }
         names, pictures = [f"image {i}" for i in batch], [self._picture(i) for i in batch]
         kept = [row % k for row in run.kept.tolist()]

@@ -48,6 +48,8 @@ def test_corrected_images_with_their_weights(tmp_path: Path) -> None:
         (("--target", "cfg:2.0", "--sampler", "unipc"), "is an ODE"),
         (("--particles", "4", "--sampler", "ddpm"), "needs --target"),
         (("--target", "cfg:2", "--guidance", "3", "--sampler", "ddpm"), "leave --guidance out"),
+        (("--target", "model", "--sampler", "ddpm"), "particles weigh nothing"),
+        (("--target", "power:2", "--sampler", "ddpm"), "another start than N"),
         (("--target", "nonsense", "--sampler", "ddpm"), "unknown target 'nonsense'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -252,3 +253,14 @@ def test_rewards_tilt_samplers_that_draw_noise_of_their_own(name: str, generator
     assert abs(float(values.mean()) - expected) > 0.2
     with pytest.raises(ValueError, match="does not draw the noise"), FeynmanKac(Target.cfg(2.0)).attach(pipe, 2):
         pipe([0], num_inference_steps=3)
+
+
+def test_steps_uniform_in_log_snr_are_the_shortest(generator: Gen) -> None:
+    pipe, longest = exact_pipeline(SCHEDULERS["ddpm"]()), {}
+    for recipe in ("ddpm", "ddpm:grid=logsnr"):
+        with swap(pipe, recipe), FeynmanKac(Target.cfg(2.0)).attach(pipe, 2) as run:
+            pipe([0], num_inference_steps=8, generator=generator(), output_type="pt")
+        levels = [level.ratio for level in run.steps.plan.levels[:-1]]
+        longest[recipe] = run.longest_step
+        assert run.longest_step == pytest.approx(max(math.log(a / b) for a, b in pairwise(levels)))
+    assert longest["ddpm:grid=logsnr"] < 0.6 * longest["ddpm"]

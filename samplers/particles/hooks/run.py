@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -260,6 +261,18 @@ class Run:
         if self.steps.kept is None:
             raise RuntimeError("the run has not finished")
         return self.steps.kept
+
+    @property
+    def longest_step(self) -> float:
+        """The longest step that was weighed, as ln(s / s') of its noise-to-signal ratios.
+
+        Weights are taken at the start of a step. Above about 0.5, strong guidance overpays particles that are far out; a grid
+        that is uniform in log SNR has the shortest longest step.
+        """
+        self._population()
+        assert self.steps is not None
+        levels = self.steps.plan.levels
+        return max((0.5 * log_interval(a, b) for a, b in pairwise(levels) if a.alpha > 0.0), default=0.0)
 
     @property
     def approximations(self) -> dict[str, float]:
