@@ -9,7 +9,9 @@ from torch import Tensor
 
 from samplers import NoiseSchedule
 from samplers.denoisers import GaussianMixture
-from samplers.particles import Target
+from samplers.particles import FeynmanKac, Target
+from samplers.particles.hooks import run as hooks_run
+from samplers.particles.hooks.plans import Plan
 from samplers.particles.path import Level, Move, log_density_change, log_interval, move, rate
 
 NS = NoiseSchedule.vp_linear()
@@ -168,3 +170,29 @@ def test_log_densities_are_followed_along_a_path(generator: Callable[..., torch.
         assert float((start - exact).abs().mean()) > 3.0  # there was something to follow
     assert errors[1] < 0.3
     assert errors[1] < 0.65 * errors[0]  # half an order in the step at least
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction", "edm"])
+@pytest.mark.parametrize("g", [(-1.0, 2.0), (-2.0, 1.5, 1.5)])
+def test_pipelines_weigh_any_prediction_alike(
+    kind: str, g: tuple[float, ...], generator: Callable[..., torch.Generator]
+) -> None:
+    """In a pipeline, from the network's outputs as from noise predictions; exponents sum to 1 there."""
+    alpha, sigma = {"flow_prediction": (0.3, 0.7), "edm": (1.0, 2.5)}.get(kind, (0.6, 0.8))
+    now, after = Level(torch.tensor(0.5), alpha, sigma), Level(torch.tensor(0.4), 0.9, 0.2)
+    x = torch.randn(5, 2, 3, generator=generator(), dtype=torch.float64)
+    x0 = [torch.randn(x.shape, generator=generator(i), dtype=torch.float64) for i in range(len(g))]
+    noises = [(x - alpha * d) / sigma for d in x0]
+    data = 0.5
+    skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2) ** 0.5
+    outputs = {
+        "epsilon": noises,
+        "v_prediction": [alpha * e - sigma * d for e, d in zip(noises, x0, strict=True)],
+        "sample": x0,
+        "flow_prediction": [e - d for e, d in zip(noises, x0, strict=True)],
+        "edm": [(d - skip * x) / out for d in x0],
+    }[kind]
+    plan = Plan([now, after], [True], "epsilon" if kind == "edm" else kind, data if kind == "edm" else None, False, None, True)
+    call = hooks_run.Call(5, 2.0, None, "all", lambda v: v)
+    steps = hooks_run.Steps(FeynmanKac(Target.cfg(2.0)), call, None, None, plan)
+    torch.testing.assert_close(steps._weight(g, outputs), 0.5 * rate(g, noises) * log_interval(now, after))
