@@ -46,7 +46,7 @@ from samplers.schedulers import swap
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from train_cifar16_thinned import COMMON, RARE, thinned_images
 
-COUNT, STEPS, FEW, PARTS, CHOSEN, DRAWS, SNR, PLACES = 100, 50, 10, 16, 3, 2, 0.4, 1
+COUNT, STEPS, FEW, PARTS, CHOSEN, DRAWS, SNR, PLACES = 100, 50, 10, 24, 3, 2, 0.4, 1
 FIT = {"steps": 1000, "batch_size": 128, "lr": 1e-3, "flip": True}
 LEVELS = (0.1, 0.4, 2.0)  # signal-to-noise ratios at which squared error is tried, on all rare and some common images
 JUDGE_STEPS = 1500

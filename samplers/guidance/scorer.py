@@ -125,9 +125,9 @@ class MinorityScorer:
         """
         if self.whitening is not None:
             return self.residuals(x0, generator, class_labels).square().sum(1)
-        total = None
-        for original, reconstruction in self._reconstructions(x0, generator, class_labels):
-            distance = self.distance(original, reconstruction)
+        x0, total = _widened(x0), None
+        for reconstruction in self._reconstructions(x0, generator, class_labels):
+            distance = self.distance(x0, reconstruction)
             if distance.shape != (len(x0),):
                 raise ValueError(f"the distance must give shape ({len(x0)},), got {tuple(distance.shape)}")
             total = distance if total is None else total + distance
@@ -142,13 +142,12 @@ class MinorityScorer:
         for a score.
         """
         seen = getattr(self.distance, "features", lambda x: x)
-        lost = sum(seen(x) - seen(y) for x, y in self._reconstructions(x0, generator, class_labels)) / self.draws
+        x0 = _widened(x0)
+        kept = sum(seen(reconstruction) for reconstruction in self._reconstructions(x0, generator, class_labels))
+        lost = seen(x0) - kept / self.draws
         return lost if self.whitening is None else self.whitening(lost).to(lost.dtype)
 
     def _reconstructions(self, x0: Tensor, generator: torch.Generator | None, class_labels: Tensor | None):
-        if not torch.is_tensor(x0) or not x0.is_floating_point() or x0.ndim < 2:
-            raise ValueError("x0 must be a floating-point tensor (B, *E)")
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         t = time_of_alpha_bar(self.noise_schedule, self.level_for(x0))
         alpha, sigma = (value.item() for value in self.noise_schedule.alpha_sigma(t))
         device = x0.device if generator is None else generator.device
@@ -158,4 +157,11 @@ class MinorityScorer:
             reconstruction = self.denoiser(alpha * x0 + sigma * noise, t, *known).to(x0.dtype)
             if self.clip is not None:
                 reconstruction = reconstruction.clamp(-self.clip, self.clip)
-            yield x0, reconstruction
+            yield reconstruction
+
+
+def _widened(x0: Tensor) -> Tensor:
+    """The batch in at least float32."""
+    if not torch.is_tensor(x0) or not x0.is_floating_point() or x0.ndim < 2:
+        raise ValueError("x0 must be a floating-point tensor (B, *E)")
+    return x0.to(torch.promote_types(x0.dtype, torch.float32))
