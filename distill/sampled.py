@@ -23,7 +23,7 @@ from .statistics import (
     objective_windows,
     support_law,
     total_variation,
-    window_kl,
+    window_gap,
     window_law,
 )
 from .target import launched
@@ -46,7 +46,7 @@ def statistic(name: str, reference: Tensor, vocab: int) -> Statistic:
     """
     if name == "ngram_kl":
         laws = {kind: window_law(reference, kind, vocab) for kind in objective_windows(vocab, reference.shape[1])}
-        return lambda ids: sum(window_kl(law, ids, kind, vocab) for kind, law in laws.items())
+        return lambda ids: sum(window_gap(law, ids, kind, vocab) for kind, law in laws.items())
     if name == "mmd":
         return HammingMMD(reference[:3000], vocab)
     if name == "tv_support":

@@ -16,7 +16,7 @@ from distill import (
     reasons_against,
 )
 from distill.exact import exact_kl
-from distill.statistics import HammingMMD, block_entropy, support_law, window_kl, window_law
+from distill.statistics import HammingMMD, block_entropy, support_law, window_chi2, window_gap, window_kl, window_law
 from samplers.discrete import (
     MaskedProcess,
     TabularModel,
@@ -209,6 +209,27 @@ def test_statistics_by_hand():
         window_law(ids, "bigram", 2)
     with pytest.raises(ValueError, match="does not fit"):
         window_law(ids, "patch3w3", 2)
+
+
+def test_a_sparse_table_does_not_reward_sharpening(generator):
+    law = torch.softmax(torch.randn(40, generator=generator(0), dtype=torch.float64), 0)
+    pairs = (law[:, None] * law).flatten()
+    sharp = law**1.5 / (law**1.5).sum()
+    means = {}
+    for name, source in (("same", law), ("sharp", sharp)):
+        draws = torch.multinomial(source, 200 * 30 * 6, replacement=True, generator=generator(1)).view(200, 30, 6)
+        for distance in (window_chi2, window_kl):
+            means[name, distance] = torch.tensor([distance(pairs, x, "2gram", 40) for x in draws])
+    exact = float(0.5 * ((sharp[:, None] * sharp - law[:, None] * law) ** 2 / (law[:, None] * law + 0.5 / 1600)).sum())
+    found = means["sharp", window_chi2]
+    assert float(found.mean()) == pytest.approx(exact, abs=4 * float(found.std()) / 200**0.5)
+    found = means["same", window_chi2]
+    assert float(found.mean()) == pytest.approx(0.0, abs=4 * float(found.std()) / 200**0.5)
+    # the control: smoothed counts of 150 windows in 1600 cells prefer the sharper law
+    assert means["sharp", window_kl].mean() < means["same", window_kl].mean()
+    assert window_gap(pairs, draws[0], "2gram", 40) == window_chi2(pairs, draws[0], "2gram", 40)
+    many = draws.flatten(0, 1)
+    assert window_gap(pairs, many, "2gram", 40) == window_kl(pairs, many, "2gram", 40)
 
 
 def test_kernel_distance_separates_and_vanishes(generator):
