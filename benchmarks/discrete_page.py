@@ -22,7 +22,7 @@ TITLES = {
     "exact": "Enumerable laws (exact, no sampling noise)",
     "chains": "Markov chains, 6 symbols, 32 sites (4,000 samples a seed; KL of 4-grams, which the objective never saw)",
     "sudoku": "4x4 sudoku, trained network (10,000 samples a seed)",
-    "digits": "Binary digits, shipped networks, against the held-out digits (2,000 samples a seed)",
+    "digits": "Binary digits, shipped networks, against the held-out digits (5,000 samples a seed)",
     "text": "Characters, trained network, judged by an independent 5-gram model (100 windows of 64 a seed)",
     "cost": "Cost (share of processor time over the base sampler, median of 40 pairs of runs; bytes of the table)",
 }
