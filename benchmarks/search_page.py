@@ -24,11 +24,14 @@ step the Taylor order, what is expanded, in which variable, from which nodes, re
 What a run does:
 
 1. solves the model with many evaluations from three disjoint sets of noises (train, validation, test);
-2. evaluates classic solvers on classic grids (at most 40% of the trials), then what the strategy proposes; the value is the
-   RMSE to the converged solution from the same train noises;
-3. re-ranks the ten best on the validation noises;
-4. refines the winner by gradients through the sampler, times first and then all coefficients, stopped on the validation noises;
-5. scores it, the search's own best and the best classic solvers on the test noises, which no choice depends on.
+2. screens every classic solver on every classic grid, with and without an analytic first step, by halving: all on 8 train
+   noises, the best 96 on 24, the best 24 on all;
+3. searches from the best 16 of them (at most 40% of the trials are such starts); a trial's value is the RMSE to the converged
+   solution from the train noises;
+4. re-ranks the ten best on the validation noises;
+5. refines times and coefficients by gradients through the sampler, from the search's winner and from the best classic ones,
+   then the best of these for longer, stopped on the validation noises;
+6. scores it, the search's own best and the best classic solvers on the test noises, which no choice depends on.
 
 `s3` (the default) fits a small ranking network on all trials and evolves schedules against it; `evolution` is the loop
 published with the USF code; `random`, `tpe`, `gp` and `cmaes` (times and relaxations only) are there to compare. All are
@@ -58,13 +61,31 @@ LIMITS = """## Limits
 """
 
 
+FINDINGS = """## Findings
+
+"""
+
+
+COLUMNS = """## How to read the tables
+
+All errors are RMSE to the converged solution on noises that nothing else depends on, mean ± standard deviation over the
+search's seeds. *Best classic*: every solver of `search.baselines` that diffusers has, on every grid, without ("plain") or
+with an analytic first step, chosen on the train noises. *Search alone*: before refinement. *Ratio*: found over the better
+classic one.
+*Median ratio*: the same of the median sample; the RMSE itself belongs to the few samples that end in another mode than they
+should. *Distance*: squared Frechet distance to the data (states of the mixture, pixels of the digits, 4x4 averages for CIFAR),
+found / better classic, both less the converged solution's from the same noises; below zero is nearer to the data than that.
+
+"""
+
+
 def _spread(values: list[float], digits: int = 3) -> str:
     text = f"{mean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, FINDINGS, COLUMNS]
     for name, title in (
         ("mixture", "Exact mixture (64 dimensions, 20 components)"),
         ("digits", 'Reference pipeline "digits"'),
@@ -82,60 +103,54 @@ def _found(title: str, name: str, cells: Mapping[str, Any]) -> str:
     rows, gaps = [], []
     for nfe in sorted({int(key.split("-")[0][3:]) for key in cells}):
         own = [record for key, record in sorted(cells.items()) if key.startswith(f"nfe{nfe}-")]
-        best = [min(score["value"] for score in record["baselines"].values()) for record in own]
-        plain = [record["baselines"]["plain"]["value"] for record in own]
-        found, alone = ([record[key] for record in own] for key in ("found", "search_alone"))
-        distance = "-"
-        if all("frechet" in record for record in own):
-            kinds = [min(record["baselines"], key=lambda k, r=record: r["baselines"][k]["value"]) for record in own]
-            above = [
-                (r["frechet"]["found"] - r["frechet"]["converged"]) / (r["frechet"][kind] - r["frechet"]["converged"])
-                for r, kind in zip(own, kinds, strict=True)
-            ]
-            distance = _spread(above, 2)
-        ratio = _spread([f / b for f, b in zip(found, best, strict=True)], 2)
-        cells_text = (nfe, len(own), _spread(plain, 4), _spread(best, 4), _spread(alone, 4), _spread(found, 4), ratio, distance)
-        rows.append("| " + " | ".join(map(str, cells_text)) + " |")
-        for split in ("train", "validation", "test"):
-            gaps.append((nfe, split, _spread([record["gap"][split] for record in own], 4)))
-    seconds = _spread([record["cpu_seconds"] for record in cells.values()], 0)
-    head = (
-        "| NFE | seeds | best classic | with analytic first step | search alone | found | ratio | distance ratio |\n"
-        + "|---" * 8
-        + "|"
-    )
-    lines = [
+        kinds = [min(r["baselines"], key=lambda k, r=r: r["baselines"][k]["value"]) for r in own]
+        best = [r["baselines"][kind]["value"] for r, kind in zip(own, kinds, strict=True)]
+        plain = [r["baselines"]["plain"]["value"] for r in own]
+        found, alone = ([r[key] for r in own] for key in ("found", "search_alone"))
+        above = {k: [r["frechet"][k] - r["frechet"]["converged"] for r in own] for k in ("found", *own[0]["baselines"])}
+        classic = [min(above[k][i] for k in own[0]["baselines"]) for i in range(len(own))]
+        texts = (
+            nfe, len(own), _spread(plain, 4), _spread(best, 4), _spread(alone, 4), _spread(found, 4),
+            f"**{_spread([f / b for f, b in zip(found, best, strict=True)], 2)}**",
+            _spread([r["median"]["found"] / r["median"][kind] for r, kind in zip(own, kinds, strict=True)], 2),
+            f"{_spread(above['found'], 4)} / {_spread(classic, 4)}",
+        )  # fmt: skip
+        rows.append("| " + " | ".join(map(str, texts)) + " |")
+        gap = [_spread([r["gap"][split] for r in own], 4) for split in ("train", "validation", "test")]
+        gaps.append(f"| {nfe} | {' | '.join(gap)} |")
+    settings = next(iter(cells.values()))["settings"]
+    head = ("NFE", "seeds", "best plain classic", "best classic", "search alone", "found", "ratio", "median ratio", "distance")
+    return "\n".join([
         f"## {title}\n",
-        f"`python benchmarks/search.py {name}`. RMSE to the converged solution on held-out noises, mean ± standard",
-        "deviation over the search's seeds. *Best classic*: of the classic solvers and grids that were tried (the first 240 of",
-        "`search.baselines` unless said otherwise), chosen on the train noises; the next column: those with an analytic first",
-        "step. *Search alone* is before refinement. *Ratio*: found over the better of the classic ones. *Distance ratio*:",
-        "squared Frechet distance of the plain states to the data, above the converged solution's, over the same of that",
-        f"classic one. One cell takes {seconds} CPU seconds.\n",
-        head,
-        *rows,
-        "\nError of the found schedules on the noises they were searched on, selected on, and neither:\n",
-        "| NFE | set | RMSE |\n|---|---|---|",
-        *(f"| {nfe} | {split} | {value} |" for nfe, split, value in gaps),
-    ]
-    return "\n".join(lines) + "\n"
+        f"`python benchmarks/search.py {name}`: {settings['noises']} train noises, {settings['trials']} trials, "
+        f"{settings['refine']} gradient steps; one cell takes {_spread([r['cpu_seconds'] for r in cells.values()], 0)} "
+        "seconds of one core.\n",
+        "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows,
+        "\nError of the found schedules on the noises that they were searched on, selected on, and neither:\n",
+        "| NFE | train | validation | test |\n|---|---|---|---|", *gaps, "",
+    ])  # fmt: skip
 
 
 def _strategies(cells: Mapping[str, Any]) -> str:
     budgets = sorted({int(k) for record in cells.values() for k in record["best"]})
     lines = [
         "## Strategies at equal budgets\n",
-        "`python benchmarks/search.py strategies`: the mixture at NFE 5, 64 noises; best value so far on the noises that are",
-        "searched on, mean ± standard deviation over seeds; last column: the final winner on 512 other noises. TPE is given",
-        "the same baselines first, CMA-ES starts from the best-known one.\n",
-        "| strategy | seeds | " + " | ".join(f"{k} trials" for k in budgets) + " | held out |",
-        "|---" * (len(budgets) + 3) + "|",
+        "`python benchmarks/search.py strategies`: the mixture at NFE 5, 64 noises, search alone without refinement. S3,",
+        "evolution and TPE are given the same 20 baselines first, CMA-ES starts from the best-known one. Best value on the",
+        "noises that are searched on / the same schedules on 512 other noises; mean ± standard deviation over seeds.\n",
+        "| strategy | seeds | " + " | ".join(f"{k} trials" for k in budgets) + " |",
+        "|---" * (len(budgets) + 2) + "|",
     ]
     for strategy in ("s3", "evolution", "tpe", "cmaes", "random"):
         own = [record for key, record in sorted(cells.items()) if key.startswith(f"{strategy}-")]
         if own:
-            values = [_spread([record["best"][str(k)] for record in own], 4) for k in budgets]
-            lines.append(f"| {strategy} | {len(own)} | {' | '.join(values)} | {_spread([r['test'] for r in own], 4)} |")
+            values = [" / ".join(_spread([r[part][str(k)] for r in own], 4) for part in ("best", "test")) for k in budgets]
+            lines.append(f"| {strategy} | {len(own)} | {' | '.join(values)} |")
+    taus = [record["tau"][-1] for key, record in cells.items() if key.startswith("s3-") and record["tau"]]
+    if taus:
+        lines.append(
+            f"\nKendall's tau of S3's predictor on held-out trials, last stage of the longest run: {_spread(taus, 2)}."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """Which of two schedules is better, before either is run: a small recurrent ranking network and an ensemble of it.
 
 The recipe is that of the S3 paper's line of work (arXiv:2312.07243; the step encoder, the pooled LSTM and the pairwise loss are
-OMS-DPM's, arXiv:2306.08860), made smaller: a search has hundreds of trials, not thousands. One network serves every NFE.
+OMS-DPM's, arXiv:2306.08860), made smaller: a search has hundreds of trials, not thousands. One network serves every NFE. New
+is that it is also told each schedule's errors on problems with known answers (`search.known_problems`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from samplers import NoiseSchedule, SolverSchedule, StepStrategy
 
+from .known_problems import KnownProblems
+
 FREQUENCIES = 8
 _ORDERS, _AXES, _SOURCES = (1, 2, 3, 4), ("lambda", "sigma", "t", "index"), ("model", "zero_x0", "average_x0")
 _RELAX_NAMES = (None, "bh1", "bh2", "half")
 CATEGORIES = (4, 4, 3, 4, 6, 3, 4)  # order, axis, source, low-order nodes, corrector order, start, named relaxation
-NUMBERS = 7  # place, gap, l, r, two relaxations, evaluation shift
+NUMBERS = 8  # place, gap, l, r, two relaxations, evaluation shift, amount of noise
 _PAIRS = {"x0": (1.0, 0.0), "eps": (0.0, -1.0), "flow": (0.5, -0.5)}
 
 
@@ -33,15 +36,17 @@ class Encoded:
         numbers: (N, L, NUMBERS) float32.
         categories: (N, L, len(CATEGORIES)) int64.
         mask: (N, L) float32, 1 where there is a step.
+        known: (N, K) float32 log errors on `KnownProblems`.
     """
 
     numbers: Tensor
     categories: Tensor
     mask: Tensor
+    known: Tensor
 
     def __getitem__(self, index: Tensor) -> Encoded:
         """Some of the schedules."""
-        return Encoded(self.numbers[index], self.categories[index], self.mask[index])
+        return Encoded(self.numbers[index], self.categories[index], self.mask[index], self.known[index])
 
     def __len__(self) -> int:
         """Number of schedules."""
@@ -51,9 +56,9 @@ class Encoded:
 class Encoder:
     """Turns schedules of one noise schedule into arrays."""
 
-    def __init__(self, noise_schedule: NoiseSchedule) -> None:
-        """Remember the range of lambda."""
-        self.noise = noise_schedule
+    def __init__(self, noise_schedule: NoiseSchedule, final_time: float = 0.0) -> None:
+        """Remember the range of lambda, and solve the known problems."""
+        self.noise, self.known = noise_schedule, KnownProblems(noise_schedule, final_time)
         self.low = max(float(noise_schedule.lam(noise_schedule.t_max)), -6.0)
         self.high = float(noise_schedule.lam(noise_schedule.t_min))
 
@@ -75,7 +80,8 @@ class Encoder:
             numbers[n, :count, 1] = np.diff(np.append(own, 1.0))
             for i, step in enumerate(schedule.steps):
                 numbers[n, i, 2:], categories[n, i] = _genes(step)
-        return Encoded(torch.from_numpy(numbers), torch.from_numpy(categories), torch.from_numpy(mask))
+        known = torch.from_numpy(self.known(schedules)).float()
+        return Encoded(torch.from_numpy(numbers), torch.from_numpy(categories), torch.from_numpy(mask), known)
 
 
 def _genes(step: StepStrategy) -> tuple[list[float], list[int]]:
@@ -84,7 +90,8 @@ def _genes(step: StepStrategy) -> tuple[list[float], list[int]]:
     free = [value if isinstance(value, float) else 0.0 for value in relax[:2]]
     named = relax[0] if isinstance(relax[0], str) else None
     low = step.d_nodes[0] if step.d_nodes and isinstance(step.d_nodes[0], int) else 0
-    return [l, r, *free, 10 * (step.eval.t_scale - 1.0)], [
+    amount = 0.0 if step.noise is None else step.noise.amount
+    return [l, r, *free, 10 * (step.eval.t_scale - 1.0), amount], [
         _ORDERS.index(step.order),
         _AXES.index(step.axis),
         _SOURCES.index(step.eval.source) if step.eval.source in _SOURCES else 0,
@@ -106,9 +113,14 @@ class RankingEnsemble(nn.Module):
         self.tables = nn.ParameterList(nn.Parameter(torch.randn(members, count, 8)) for count in CATEGORIES)
         self.step = nn.ModuleList([_Linear(members, inputs, width), _Linear(members, width, width)])
         self.input, self.recurrent = _Linear(members, width, 4 * hidden), _Linear(members, hidden, 4 * hidden)
+        known = KnownProblems.count
         self.head = nn.ModuleList(
-            [_Linear(members, hidden, hidden), _Linear(members, hidden, hidden), _Linear(members, hidden, 1)]
+            [_Linear(members, hidden + known, hidden), _Linear(members, hidden, hidden), _Linear(members, hidden, 1)]
         )
+        # With few trials a weighted sum of the known problems' errors is the best guess; the rest corrects it.
+        self.prior = nn.Parameter(torch.full((members, known, 1), 1.0 / known))
+        self.register_buffer("centre", torch.zeros(known))
+        self.register_buffer("spread", torch.ones(known))
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(FREQUENCIES) / 4)
 
     def forward(self, batch: Encoded) -> Tensor:
@@ -129,9 +141,11 @@ class RankingEnsemble(nn.Module):
             h = out.sigmoid() * c.tanh()
             total = total + nn.functional.normalize(h, dim=-1) * batch.mask[:, i, None]
         x = nn.functional.normalize(total / batch.mask.sum(1)[:, None], dim=-1)
+        known = ((batch.known - self.centre) / self.spread).expand(self.members, -1, -1)
+        x = torch.cat([x, known], dim=-1)
         for layer in self.head[:-1]:
             x = layer(x).relu()
-        return self.head[-1](x).squeeze(-1)
+        return (self.head[-1](x) + known @ self.prior).squeeze(-1)
 
 
 class _Linear(nn.Module):
@@ -155,15 +169,16 @@ class Predictor:
             before `fit`.
     """
 
-    def __init__(self, noise_schedule: NoiseSchedule, *, members: int = 4, seed: int = 0) -> None:
+    def __init__(self, noise_schedule: NoiseSchedule, *, final_time: float = 0.0, members: int = 4, seed: int = 0) -> None:
         """Untrained networks.
 
         Args:
             noise_schedule: of the schedules to rank.
+            final_time: where they end.
             members: networks.
             seed: of the weights, the splits and the pairs.
         """
-        self.encode, self.seed, self.members = Encoder(noise_schedule), seed, members
+        self.encode, self.seed, self.members = Encoder(noise_schedule, final_time), seed, members
         self.rng = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -193,6 +208,9 @@ class Predictor:
         held = torch.stack([fold == member % 5 for member in range(self.members)])
         good = (target <= target.median()).float()
         n = len(data)
+        if not self.fitted:
+            self.network.centre.copy_(data.known.mean(0))
+            self.network.spread.copy_(data.known.std(0).clamp(min=0.05))
         self.network.train()
         with torch.enable_grad():
             for _ in range(epochs):

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-from samplers import Corrector, Evaluation, NoiseSchedule, SolverSchedule, StepStrategy
+from samplers import Corrector, Evaluation, Noise, NoiseSchedule, SolverSchedule, StepStrategy
 
 from .validity import ANALYTIC, Ends, canonical, repaired
 
@@ -54,6 +54,8 @@ class SearchSpace:
         sources: analytic first steps that may be proposed: "zero_x0", "average_x0" (needs the objective's mean image).
         correctors: whether steps may have one.
         evaluation_shifts: whether the network may be told another time than the state's.
+        noise: whether x0-steps may draw fresh noise; such schedules are told apart by a distribution's distance, not by the
+            endpoint error.
     """
 
     noise_schedule: NoiseSchedule
@@ -65,6 +67,7 @@ class SearchSpace:
     sources: tuple[str, ...] = ("zero_x0",)
     correctors: bool = True
     evaluation_shifts: bool = False
+    noise: bool = False
     _ends: Ends = field(init=False, repr=False, compare=False)
     _range: tuple[float, float] = field(init=False, repr=False, compare=False)
 
@@ -133,7 +136,7 @@ class SearchSpace:
     def schedule(self, gaps: np.ndarray, steps: tuple[StepStrategy, ...], name: str = "") -> SolverSchedule:
         """The valid schedule nearest to these gaps and steps, in canonical form."""
         times = self.times(gaps)
-        steps = canonical(repaired(steps, self._ends))
+        steps = canonical(repaired(steps, self._ends, self.noise))
         steps = tuple(self._told_in_range(step, t) for step, t in zip(steps, times[:-1], strict=True))
         path = {"type": self.noise_schedule.kind, **self.noise_schedule.parameters}
         return SolverSchedule(times=times, steps=steps, name=name or f"nfe{self.nfe}", path=path)
@@ -194,7 +197,7 @@ class SearchSpace:
             take = takes if whole else {gene: rng.random() < 0.5 for gene in takes}
             step = own
             if take["pred"]:
-                step = msgspec.structs.replace(step, pred=other.pred, axis=other.axis)
+                step = msgspec.structs.replace(step, pred=other.pred, axis=other.axis, noise=other.noise)
             if take["order"]:
                 step = msgspec.structs.replace(step, order=other.order, d_nodes=other.d_nodes, relax=(), start=other.start)
                 step = msgspec.structs.replace(step, relax=other.relax)
@@ -216,7 +219,7 @@ class SearchSpace:
         pred = self._random_prediction(rng)
         axis = "lambda" if rng.random() < 0.7 or isinstance(pred, tuple) else _choice(rng, self.axes)
         step = StepStrategy(order=order, pred=pred, axis=axis, relax=relax, d_nodes=d_nodes, corr=corr)
-        return step
+        return self._moved_noise(step, rng, 1.0) if self.noise and rng.random() < 0.4 else step
 
     def _random_prediction(self, rng: np.random.Generator) -> str | tuple[float, float]:
         kind = _choice(rng, self.predictions)
@@ -245,6 +248,8 @@ class SearchSpace:
 
     def _mutated_step(self, step: StepStrategy, rng: np.random.Generator, scale: float) -> StepStrategy:
         change = msgspec.structs.replace
+        if self.noise and rng.random() < 0.2:
+            return self._moved_noise(step, rng, scale)
         move = str(rng.choice(["order", "pred", "relax", "low", "corr", "axis", "start", "shift"], p=_MOVES))
         if move == "order":
             order = int(np.clip(step.order + rng.choice([-1, 1]), 1, self.max_order))
@@ -270,6 +275,14 @@ class SearchSpace:
                 step, eval=change(step.eval, t_scale=float(np.exp(np.log(step.eval.t_scale) + 0.02 * rng.standard_normal())))
             )
         return self._moved_prediction(step, rng, scale)
+
+    def _moved_noise(self, step: StepStrategy, rng: np.random.Generator, scale: float) -> StepStrategy:
+        """Noise comes, goes, or changes its amount tau; where it comes, the step expands x0 in lambda."""
+        if step.noise is not None and rng.random() < 0.25:
+            return msgspec.structs.replace(step, noise=None)
+        old = step.noise.amount if step.noise is not None else 0.5
+        amount = float(f"{np.clip(old + 0.4 * scale * rng.standard_normal(), 0.05, 2.0):.6g}")
+        return msgspec.structs.replace(step, pred="x0", axis="lambda", noise=Noise(amount=amount))
 
     def _moved_prediction(self, step: StepStrategy, rng: np.random.Generator, scale: float) -> StepStrategy:
         if rng.random() < 0.4 or "mixed" not in self.predictions:

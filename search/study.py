@@ -167,6 +167,8 @@ def _check(space: SearchSpace, objective: Scorer, strategy: str, trials: int) ->
     noise: NoiseSchedule | None = getattr(objective, "noise_schedule", None)
     if noise is not None and noise.kind != space.noise_schedule.kind:
         raise ValueError(f"the objective's noise schedule is {noise.kind}, the space's {space.noise_schedule.kind}")
+    if space.noise and getattr(objective, "reference", None) is not None:
+        raise ValueError("steps with noise have no endpoint to compare: use Objective.distance or SearchSpace(noise=False)")
     final = getattr(objective, "final_time", space.final_time)
     if final != space.final_time:
         raise ValueError(f"the objective's reference ends at {final:g}, the space's schedules at {space.final_time:g}")
@@ -225,9 +227,10 @@ def _study_name(space: SearchSpace, objective: Scorer, strategy: str, seed: int)
 
 
 def _settings(space: SearchSpace, objective: Scorer, strategy: str) -> dict[str, Any]:
-    kept = ("nfe", "final_time", "max_order", "predictions", "axes", "sources", "correctors", "evaluation_shifts")
+    kept = ("nfe", "final_time", "max_order", "predictions", "axes", "sources", "correctors", "evaluation_shifts", "noise")
     described = {key: getattr(space, key) for key in kept}
-    described |= {"noise": space.noise_schedule.kind, "strategy": strategy, "objective": getattr(objective, "settings", {})}
+    described |= {"noise_schedule": space.noise_schedule.kind, "strategy": strategy}
+    described["objective"] = getattr(objective, "settings", {})
     return json.loads(json.dumps(described))
 
 

@@ -32,9 +32,16 @@ class Ends:
         return cls(alpha == 0.0, sigma == 0.0, noise.family == "flow")
 
 
-def repaired(steps: tuple[StepStrategy, ...], ends: Ends) -> tuple[StepStrategy, ...]:
-    """The nearest steps that can be taken: every rule is a refusal of the compiler, applied before it is asked."""
-    return tuple(_repaired(step, i, len(steps), ends) for i, step in enumerate(steps))
+def repaired(steps: tuple[StepStrategy, ...], ends: Ends, noise: bool = False) -> tuple[StepStrategy, ...]:
+    """The nearest steps that can be taken: every rule is a refusal of the compiler, applied before it is asked.
+
+    Args:
+        steps: in order.
+        ends: of the interval.
+        noise: whether steps may keep the noise that they have.
+    """
+    kept = steps if noise else tuple(msgspec.structs.replace(step, noise=None) for step in steps)
+    return tuple(_repaired(step, i, len(kept), ends) for i, step in enumerate(kept))
 
 
 def _repaired(step: StepStrategy, i: int, n: int, ends: Ends) -> StepStrategy:
@@ -61,19 +68,21 @@ def _repaired(step: StepStrategy, i: int, n: int, ends: Ends) -> StepStrategy:
     corr = None
     if step.corr is not None and i < n - 1 and not (isinstance(pred, tuple) and ends.pure_noise and i == 0):
         corr = Corrector(order=order + 1)
+    axis = axis if order > 1 or corr is not None or pred == "flow" else "lambda"
+    noisy = step.noise is not None and step.noise.kind == "tau" and pred == "x0" and axis == "lambda" and not last_to_zero
     evaluation = msgspec.structs.replace(step.eval, source=source)
     if source != "model":
         evaluation = Evaluation(source=source)
     return StepStrategy(
         order=order,
         pred=pred,
-        axis=axis if order > 1 or corr is not None or pred == "flow" else "lambda",
+        axis=axis,
         start=start,
         d_nodes=() if low is None else (low,),
         relax=relax,
         corr=corr,
         eval=evaluation,
-        noise=None,
+        noise=step.noise if noisy else None,
         delta=step.delta,
     )
 

@@ -44,7 +44,7 @@ class Proposer:
         Args:
             pool: all evaluated schedules with their values, best first.
             rng: seeded by the study's seed and the trial's number, so that workers differ and runs repeat.
-            progress: share of the budget that is spent, 0..1.
+            progress: share of the budget after the seeds that is spent, 0..1.
         """
         raise NotImplementedError
 
@@ -105,8 +105,10 @@ class ScheduleSampler(BaseSampler):
                 pool.append(known)
         pool.sort(key=lambda item: item[0])
         rng = np.random.default_rng([self.seed, number])
+        first = len(self.seeds)
+        progress = min(max(len(pool) - first, 0) / max(self.budget - first, 1), 1.0)
         for _ in range(50):
-            schedule = self.proposer.propose(pool, rng, min(len(pool) / self.budget, 1.0))
+            schedule = self.proposer.propose(pool, rng, progress)
             if schedule.digest not in taken:
                 break
         return schedule

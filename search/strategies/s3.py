@@ -14,6 +14,7 @@ from .proposals import Proposer
 
 ELITE, CHILDREN, GENERATIONS = 16, 96, 2
 FIRST_FIT = 12  # trials before the predictor is asked
+CROSSOVER, SPREAD = 0.35, 0.8  # share of children with two parents; of the logarithm of a child's scale
 
 
 class S3Proposer(Proposer):
@@ -34,11 +35,11 @@ class S3Proposer(Proposer):
             space: the schedules.
             budget: trials that the search will make; sets the stages' length.
             seed: of the predictor.
-            stage: proposals a stage; None takes a sixteenth of the budget, 4 to 16.
+            stage: proposals a stage; None takes a sixteenth of the budget, 3 to 16.
         """
         self.space = space
-        self.stage = stage or int(np.clip(budget // 16, 4, 16))
-        self.predictor = Predictor(space.noise_schedule, seed=seed)
+        self.stage = stage or int(np.clip(budget // 16, 3, 16))
+        self.predictor = Predictor(space.noise_schedule, final_time=space.final_time, seed=seed)
         self.queue: list[SolverSchedule] = []
         self.history: list[dict[str, float]] = []
 
@@ -91,6 +92,6 @@ class S3Proposer(Proposer):
         """Better parents have more children."""
         i = min(int(rng.exponential(len(parents) / 3)), len(parents) - 1)
         child = parents[i]
-        if len(parents) > 1 and rng.random() < 0.25:
+        if len(parents) > 1 and rng.random() < CROSSOVER:
             child = self.space.cross(child, parents[int(rng.integers(len(parents)))], rng)
-        return self.space.mutate(child, rng, scale * float(np.exp(0.5 * rng.standard_normal())))
+        return self.space.mutate(child, rng, scale * float(np.exp(SPREAD * rng.standard_normal())))

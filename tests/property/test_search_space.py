@@ -33,10 +33,11 @@ def _fits(space: SearchSpace, schedule: SolverSchedule) -> None:
 @pytest.mark.parametrize("final", ["zero", "t_min"])
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=4, deadline=None)
-@given(seed=st.integers(0, 2**32), nfe=st.integers(1, 7))
-def test_moves_stay_inside(family: str, final: str, seed: int, nfe: int) -> None:
+@given(seed=st.integers(0, 2**32), nfe=st.integers(1, 7), stochastic=st.booleans())
+def test_moves_stay_inside(family: str, final: str, seed: int, nfe: int, stochastic: bool) -> None:
     noise, rng = FAMILIES[family], np.random.default_rng(seed)
-    space = SearchSpace(noise, nfe, final_time=0.0 if final == "zero" else noise.t_min, sources=SOURCES, evaluation_shifts=True)
+    end = 0.0 if final == "zero" else noise.t_min
+    space = SearchSpace(noise, nfe, final_time=end, sources=SOURCES, evaluation_shifts=True, noise=stochastic)
     pool = [*seeds(space, 4), space.random(rng)]
     for _ in range(8):
         a, b = (pool[int(rng.integers(len(pool)))] for _ in range(2))
@@ -72,6 +73,18 @@ def test_mutation_changes_every_gene() -> None:
         schedule = child if rng.random() < 0.5 else first
     wanted = {"pred:x0", "pred:eps", "pred:mixed", *(f"order:{p}" for p in (1, 2, 3, 4)), "axis:lambda", "axis:sigma", "axis:t"}
     assert wanted | {"source:model", "source:zero_x0", "start:-1", "start:-2", "corr", "relax", "low"} <= seen
+
+
+def test_noise_only_where_it_is_asked_for() -> None:
+    noisy, plain = (SearchSpace(FAMILIES["vp_linear"], 5, noise=allowed) for allowed in (True, False))
+    schedule, amounts, rng = noisy.random(0), set(), np.random.default_rng(2)
+    for _ in range(60):
+        schedule = noisy.mutate(schedule, rng)
+        amounts |= {step.noise.amount for step in schedule.steps if step.noise}
+    assert len(amounts) > 5
+    assert schedule.stochastic
+    assert not plain.adopt(schedule).stochastic
+    assert not plain.cross(schedule, schedule, rng).stochastic
 
 
 def test_generators_of_all_kinds() -> None:
