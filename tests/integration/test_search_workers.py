@@ -1,6 +1,7 @@
 """Workers on one PostgreSQL server, killed with -9 in the middle of a trial: nothing is lost, nothing is done twice."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ def objective(schedule):
     return sum((a - b) ** 2 for a, b in zip(schedule.times, schedule.times[1:])) + len(schedule.steps)
 
 noise = NoiseSchedule.vp_linear()
-run_search(SearchSpace(noise, 4), objective, "s3", {budget}, {url!r}, 0, study_name="shared", heartbeat={beat}, grace={grace})
+run_search(SearchSpace(noise, 4), objective, "s3", {budget}, {url!r}, 0, study_name={study!r}, heartbeat={beat}, grace={grace})
 """
 
 
@@ -77,12 +78,14 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def worker(server: str, tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen, Path]]]:
+def worker(server: str, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen, Path]]]:
     """Start a worker that logs to a file; whatever still runs at the end is killed."""
     started = []
 
-    def start(name: str) -> tuple[subprocess.Popen, Path]:
-        code = textwrap.dedent(WORKER).format(budget=BUDGET, url=server, hangs=name == "victim", beat=HEARTBEAT, grace=GRACE)
+    def start(name: str, study: str = "shared", budget: int = BUDGET) -> tuple[subprocess.Popen, Path]:
+        code = textwrap.dedent(WORKER).format(
+            budget=budget, url=server, study=study, hangs=name == "victim", beat=HEARTBEAT, grace=GRACE
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         with (tmp_path / name).open("w") as log:
             started.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=log, env=environment))
@@ -116,6 +119,31 @@ def test_killed_workers_lose_nothing(server: str, worker: Callable[[str], tuple[
     (retried,) = (trial for trial in trials if trial.system_attrs.get("failed_trial") == failed[0].number)
     assert retried.user_attrs["schedule"] == failed[0].user_attrs["schedule"]
     assert retried in complete
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_at_random_times(server: str, worker: Callable[..., tuple[subprocess.Popen, Path]], seed: int) -> None:
+    """Between trials, in the middle of one, or of a transaction: wherever it is that the kill arrives."""
+    rng, study, budget = random.Random(seed), f"random-{seed}", 40
+    survivor, _ = worker("survivor", study, budget)
+    victims = [worker(f"mortal-{k}", study, budget) for k in range(2)]
+    for victim, log in victims:
+        _wait(lambda log=log: "evaluating" in log.read_text(), victim, 400)
+        time.sleep(rng.uniform(0.0, 0.7))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    late, _ = worker("late", study, budget)
+    assert survivor.wait(400) == 0
+    assert late.wait(400) == 0
+    storage = optuna.storages.RDBStorage(storage_url(server))
+    trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+    storage.engine.dispose()
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert budget <= len(complete) < budget + 2
+    assert max(Counter(trial.user_attrs["schedule"] for trial in complete).values()) == 1
+    done = {trial.user_attrs["schedule"] for trial in complete}
+    lost = [t for t in trials if t.state == optuna.trial.TrialState.FAIL and t.user_attrs.get("schedule") not in {None, *done}]
+    assert not lost
 
 
 def _wait(condition, process: subprocess.Popen, seconds: float) -> None:
