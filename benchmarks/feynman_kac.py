@@ -1,7 +1,7 @@
 """Feynman-Kac correctors measured: annealed mixtures with known answers, guided digits, and what the corrector costs.
 
     python benchmarks/feynman_kac.py                     everything, about half an hour of one core, into docs/feynman_kac.md
-    python benchmarks/feynman_kac.py --only gmm40        one section: gmm40, lj13, steps, dimension, digits, cost
+    python benchmarks/feynman_kac.py --only gmm40        one section: gmm40, lj13, steps, dimension, exact, digits, cost
     python benchmarks/feynman_kac.py --render            only write the page from the numbers at hand
 
 Numbers are kept in benchmarks/results/feynman_kac.json, one entry per run; a run that is there is not repeated, so an
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,23 +24,21 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from feynman_kac_cost import cost
+from feynman_kac_digits import digits, exact, gen
 from feynman_kac_models import Grid, forty_gaussians, lennard_jones, mmd, wasserstein, wasserstein_1d
 from torch import Tensor
 
 import samplers.particles.native as native
 from samplers import NoiseSchedule
 from samplers.denoisers import GaussianMixture
-from samplers.particles import FeynmanKac, Target, resample
+from samplers.particles import FeynmanKac, Target
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "feynman_kac.json", HERE.parent / "docs" / "feynman_kac.md"
 VARIANTS = {"none": {"weight_window": (0.0, 0.0)}, "FKC": {}, "wrong sign": {}}
 PROPOSALS = {"target score": lambda beta: 1.0, "tempered noise": lambda beta: beta**-0.5, "extra Langevin": lambda beta: 1.5}
 Row = dict[str, float]
-
-
-def gen(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
@@ -57,13 +54,21 @@ def sign_flipped(flip: bool) -> Iterator[None]:
 
 
 def annealed(
-    model: GaussianMixture, beta: float, noise: float, variant: str, sigmas: tuple[float, float], steps: int, k: int, seed: int
+    model: GaussianMixture,
+    beta: float,
+    noise: float,
+    variant: str,
+    sigmas: tuple[float, float],
+    steps: int,
+    k: int,
+    seed: int,
+    **settings: Any,
 ) -> tuple[Tensor, float, int]:
     """Equally weighted particles for q^beta, log Z, and how many starting particles have descendants."""
     high, low = sigmas
     schedule = NoiseSchedule.edm(low, high)
     times = torch.logspace(math.log10(high), math.log10(low), steps + 1, dtype=torch.float64)
-    fk = FeynmanKac(Target.power(beta), noise=noise, **VARIANTS[variant])
+    fk = FeynmanKac(Target.power(beta), noise=noise, **VARIANTS[variant], **settings)
     with sign_flipped(variant == "wrong sign"):
         cloud = fk.sample(
             {"model": model.denoiser(schedule)}, schedule, times, particles=k, shape=model.means.shape[1:], generator=gen(seed),
@@ -89,20 +94,23 @@ def gmm40() -> Iterator[tuple[str, Callable[[], Row]]]:
         w1, w2 = wasserstein(x[:1000], exact[:1000])
         return {"w1": w1, "w2": w2, "mmd": mmd(x[:2000], exact[:2000], 10.0), "tv": truth().tv(x)}
 
+    def corrected(seed: int, noise: float, variant: str, steps: int = 500, k: int = k, **settings: Any) -> Row:
+        x, log_z, roots = annealed(model, beta, noise, variant, (200.0, low), steps, k, seed, **settings)
+        return {**measure(x[torch.randperm(k, generator=gen(seed))], seed), "dlogz": log_z - truth().log_z, "roots": roots}
+
     for seed in range(3):
         yield f"gmm40/exact draws//{seed}", lambda seed=seed: measure(truth().sample(k, gen(seed)), seed)
-        for name, noise in PROPOSALS.items():
+        for name, noise in {name: multiplier(beta) for name, multiplier in PROPOSALS.items()}.items():
             for variant in VARIANTS:
-
-                def run(seed: int = seed, noise: float = noise(beta), variant: str = variant) -> Row:
-                    x, log_z, roots = annealed(model, beta, noise, variant, (200.0, low), 500, k, seed)
-                    return {
-                        **measure(x[torch.randperm(k, generator=gen(seed))], seed),
-                        "dlogz": log_z - truth().log_z,
-                        "roots": roots,
-                    }
-
+                run = lambda seed=seed, noise=noise, variant=variant: corrected(seed, noise, variant)  # noqa: E731
                 yield f"gmm40/{name}/{variant}/{seed}", run
+        for variant in ("none", "FKC"):
+            run = lambda seed=seed, variant=variant: corrected(seed, 3.0, variant, steps=1500)  # noqa: E731
+            yield f"gmm40/strong Langevin/{variant}/{seed}", run
+    yield (
+        "gmm40/target score, resampled at each of 1000 steps, 10000 particles/FKC/0",
+        lambda: corrected(0, 1.0, "FKC", steps=1000, k=10_000, ess=1.0),
+    )
 
 
 def lj13() -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -130,13 +138,15 @@ def lj13() -> Iterator[tuple[str, Callable[[], Row]]]:
                 return measure(cluster().annealed(beta)[0].sample(k, gen(seed)), beta, seed)
 
             yield f"lj13/{beta:.2f} exact draws//{seed}", exact
-            for name in ("target score", "tempered noise"):
+            strong = (3.0, 2000) if beta < 2 else (4.0, 3500)  # steps in proportion to the proposal's rate
+            plans = {name: (PROPOSALS[name](beta), 400) for name in ("target score", "tempered noise")}
+            for name, (noise, count) in {**plans, "strong Langevin": strong}.items():
                 for variant in ("none", "FKC"):
 
                     def run(
-                        beta: float = beta, noise: float = PROPOSALS[name](beta), variant: str = variant, seed: int = seed
+                        beta: float = beta, noise: float = noise, count: int = count, variant: str = variant, seed: int = seed
                     ) -> Row:
-                        x, log_z, roots = annealed(cluster().model, beta, noise, variant, (8.0, 0.01), 400, k, seed)
+                        x, log_z, roots = annealed(cluster().model, beta, noise, variant, (8.0, 0.01), count, k, seed)
                         return {**measure(x, beta, seed), "dlogz": log_z - cluster().annealed(beta)[1], "roots": roots}
 
                     yield f"lj13/{beta:.2f} {name}/{variant}/{seed}", run
@@ -205,120 +215,15 @@ def _trio() -> tuple[GaussianMixture, GaussianMixture]:
     return u, GaussianMixture(torch.tensor([[1.6], [-1.8]]), torch.tensor([0.2, 0.25]).sqrt(), torch.tensor([0.8, 0.2]))
 
 
-PER_CLASS, DIGIT_STEPS = 24, 25
-
-
-class Digits:
-    """The class-conditional reference pipeline, a classifier that never saw it, and real digits by class."""
-
-    def __init__(self) -> None:
-        from samplers.reference import digit_images, load
-        from samplers.reference.quality import digit_classifier
-
-        images, labels = digit_images("all")
-        self.pipe, self.judge = load("digits-conditional"), digit_classifier()
-        self.real = [images[labels == c].flatten(1).double() for c in range(10)]
-
-    def measure(self, images: Tensor) -> Row:
-        """Share recognised, and the mean energy distance to the real digits of the class; PER_CLASS images a class."""
-        from samplers.reference.quality import recognised
-
-        labels = [c for c in range(10) for _ in range(PER_CLASS)]
-        parts = (images.flatten(1).double() * 2 - 1).split(PER_CLASS)
-        distances = [energy_distance(part, real) for part, real in zip(parts, self.real, strict=True)]
-        return {"accuracy": recognised(self.judge, images, labels), "distance": statistics.fmean(distances)}
-
-    def equal_calls(self, w: float, k: int, seed: int) -> Row:
-        """The same number of network calls for every K: groups of K particles, all of which are images."""
-        from samplers.schedulers import swap
-
-        labels = [c for c in range(10) for _ in range(PER_CLASS)]
-        with swap(self.pipe, "euler_ancestral"), FeynmanKac(Target.cfg(w)).attach(self.pipe, k) as run:
-            images = self.pipe(labels, num_inference_steps=DIGIT_STEPS, generator=gen(seed), output_type="pt").images
-        log_w = run.log_w.reshape(-1, k)
-        index = resample(log_w, generator=gen(seed)) + k * torch.arange(len(log_w))[:, None]
-        roots = float(run.trace.surviving()[-1].double().mean())
-        return {**self.measure(images[index.flatten()]), "roots": roots, "ess": float(run.ess.mean())}
-
-    def one_per_group(self, w: float, k: int) -> Row:
-        """Independent images of the law: one drawn from each of as many groups as there are images; K times the calls."""
-        from samplers.schedulers import swap
-
-        labels = [c for c in range(10) for _ in range(PER_CLASS)]
-        attach = FeynmanKac(Target.cfg(w)).attach
-        with swap(self.pipe, "euler_ancestral"), attach(self.pipe, k, pick="sample", expand=True):
-            images = self.pipe(labels, num_inference_steps=DIGIT_STEPS, generator=gen(0), output_type="pt").images
-        return self.measure(images)
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Unbiased; 0 for equal laws."""
-    n, m = len(x), len(y)
-    inner = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
-    return float(2 * torch.cdist(x, y).mean() - inner)
-
-
-def digits() -> Iterator[tuple[str, Callable[[], Row]]]:
-    made: list[Digits] = []
-
-    def setup() -> Digits:
-        return made[0] if made else made.append(Digits()) or made[0]
-
-    for w in (2.0, 4.0):
-        for k in (1, 2, 4, 8):
-            yield f"one per group/{w:g}/{k}/0", lambda w=w, k=k: setup().one_per_group(w, k)
-    for seed in range(2):
-        for w in (1.5, 2.0, 3.0, 4.0):
-            for k in (1, 2, 4, 8):
-                yield f"digits/{w:g}/{k}/{seed}", lambda w=w, k=k, seed=seed: setup().equal_calls(w, k, seed)
-
-
-def cost() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Time and memory of the corrector itself, per step, next to one evaluation of a U-Net at 64 x 64 latents."""
-
-    def run() -> Row:
-        from diffusers import DDIMScheduler, UNet2DConditionModel
-
-        from samplers.particles.hooks.branches import Catcher
-        from samplers.particles.hooks.plans import plan_of
-        from samplers.particles.hooks.run import Call, Steps
-
-        k, repeats = 8, 30
-        # A quarter of Stable Diffusion's width: a sixteenth of its work, so the share measured here is an upper bound.
-        unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=(80, 160, 320, 320), cross_attention_dim=192, norm_num_groups=20
-        )
-        latents, text = torch.randn(2 * k, 4, 64, 64), torch.randn(2 * k, 77, 192)
-        with torch.no_grad():
-            start = time.process_time()
-            output = unet(latents, 500, text).sample
-            network = time.process_time() - start
-        scheduler = DDIMScheduler(clip_sample=False)
-        scheduler.set_timesteps(repeats + 1)
-        plan = plan_of(scheduler, exact=True, resamples=True, eta=1.0)
-        catcher = Catcher(unet)
-        settings = FeynmanKac(Target.cfg(2.0), ess=1.0)
-        steps = Steps(settings, Call(k, 2.0, gen(0), "all", lambda x: x), catcher, scheduler, plan)
-        mixed = output[:k] + 2.0 * (output[k:] - output[:k])
-        spent = []
-        for t in scheduler.timesteps[:repeats]:
-            catcher.outputs = [output]
-            start = time.process_time()
-            steps.step(lambda out, t, x: (x,), mixed, t, latents[:k])
-            spent.append(time.process_time() - start)
-        held = sum(len(v) * v[0].numel() * v[0].element_size() for v in vars(steps.population.trace).values())
-        corrector = statistics.median(spent)
-        return {
-            "network_s": network,
-            "corrector_s": corrector,
-            "share": corrector / network,
-            "trace_bytes_per_step": held / repeats,
-        }
-
-    yield "cost/sd-quarter/8/0", run
-
-
-SECTIONS = {"gmm40": gmm40, "lj13": lj13, "steps": steps, "dimension": dimension, "digits": digits, "cost": cost}
+SECTIONS = {
+    "gmm40": gmm40,
+    "lj13": lj13,
+    "steps": steps,
+    "dimension": dimension,
+    "exact": exact,
+    "digits": digits,
+    "cost": cost,
+}
 
 
 def main() -> None:
@@ -333,7 +238,8 @@ def main() -> None:
         cells = [(key, run) for key, run in SECTIONS[name]() if key not in done and int(key.rsplit("/", 1)[1]) < args.seeds]
         for i, (key, run) in enumerate(cells):
             start = time.process_time()
-            done[key] = {**run(), "cpu_s": time.process_time() - start}
+            row = {**run(), "cpu_s": time.process_time() - start}
+            done = {**(json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}), key: row}  # another run may have written
             partial = RESULTS.with_suffix(".part")
             partial.write_text(json.dumps(done, indent=0) + "\n")
             partial.replace(RESULTS)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = Mapping[str, float]
+IMAGES = {"100": 20, "400": 10}  # of each class, by network calls per image
 BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
 
 
@@ -19,8 +20,9 @@ def render(done: Mapping[str, Row], page: Path) -> None:
         "lj13": _variants(done, "lj13", ("w2", "e1", "e2", "tv", "dlogz", "roots")),
         "steps": _steps(done),
         "dimension": _dimension(done),
-        "digits": _digits(done, "digits"),
-        "one per group": _digits(done, "one per group"),
+        "exact digits": _law(done),
+        "digits one": _one(done),
+        "digits all": _all(done),
         "cost": _cost(done),
     }
     for name, table in tables.items():
@@ -78,16 +80,59 @@ def _steps(done: Mapping[str, Row]) -> list[str]:
     return _table(("grid uniform in", "steps", "none", "FKC"), rows) if rows else []
 
 
-def _digits(done: Mapping[str, Row], section: str) -> list[str]:
-    found = _collect(done, section)
-    names = ("accuracy", "distance", "roots") if section == "digits" else ("accuracy", "distance")
-    rows = [[w, k, *(_number(r, n) for n in names)] for (w, k), r in found.items()]
+def _law(done: Mapping[str, Row]) -> list[str]:
+    names, rows = ("distance", "spread", "dlogz", "ess"), []
+    for (w, cell), r in sorted(_collect(done, "exact digits").items(), key=lambda item: (item[0][0], _group(item[0][1]))):
+        rows.append([w, *_cell(cell), *(_number(r, n) for n in names)])
+    return _table(("guidance", "calls", "K", "steps", *names), rows) if rows else []
+
+
+def _one(done: Mapping[str, Row]) -> list[str]:
+    names, rows = ("log_p", "distance", "frechet", "spread", "ess"), []
+    found = _collect(done, "digits one")
+    for (key, cell), r in sorted(found.items(), key=lambda item: _place(*item[0])):
+        budget, _, w = key.partition(" ")
+        rows.append(
+            [f"real digits, {IMAGES[budget]} a class" if w == "real" else w, *_cell(cell), *(_number(r, n) for n in names)]
+        )
+    return _table(("guidance", "calls", "K", "steps", *names), rows) if rows else []
+
+
+def _all(done: Mapping[str, Row]) -> list[str]:
+    names = ("accuracy", "log_p", "distance", "frechet", "spread", "roots")
+    rows = [[w, k, *(_number(r, n) for n in names)] for (w, k), r in _collect(done, "digits all").items()]
     return _table(("guidance", "K", *names), rows) if rows else []
+
+
+def _cell(text: str) -> tuple[str, str, str]:
+    """Calls, K and steps of "K x steps"; of anything else the text itself."""
+    k, _, steps = text.partition(" x ")
+    return (str(_calls(text)[0]), k, steps) if steps else (text, "", "")
+
+
+def _group(cell: str) -> tuple[int, int]:
+    """Order of a row within its guidance: by the hundreds of calls, then K."""
+    calls, k = _calls(cell)
+    return round(calls / 100), k
+
+
+def _place(key: str, cell: str) -> tuple[int, float, int]:
+    """Order of a row: by budget, real digits first, guidance, K."""
+    budget, _, w = key.partition(" ")
+    return int(budget), 0.0 if w == "real" else float(w), _calls(cell)[1]
+
+
+def _calls(text: str) -> tuple[int, int]:
+    k, _, steps = text.partition(" x ")
+    return (int(k) * int(steps), int(k)) if steps else (0, 0)
 
 
 def _cost(done: Mapping[str, Row]) -> list[str]:
     rows = []
     for (_, k), (row,) in _collect(done, "cost").items():
-        times = (f"{row['network_s']:.1f} s", f"{row['corrector_s'] * 1e3:.2f} ms", f"{row['share']:.4%}")
-        rows.append([k, *times, f"{row['trace_bytes_per_step']:.0f} bytes"])
-    return _table(("K", "U-Net, one step", "corrector, one step", "share", "trace, per step and group"), rows) if rows else []
+        seconds = (f"{row['network_s']:.1f} s", f"{row['corrector_s'] * 1e3:.2f} ms", f"{row['share']:.3%}")
+        peaks = (f"{row['network_peak_bytes'] / 2**20:.0f} MiB", f"{row['peak_bytes'] / 2**20:.2f} MiB")
+        counts = (f"{row['network_operations']:.0f}", f"{row['operations']:.0f}", f"{row['kept_bytes']:.0f} bytes")
+        rows.append([k, *seconds, *peaks, f"{row['peak_bytes'] / row['network_peak_bytes']:.2%}", *counts])
+    head = ("K", "U-Net, time", "corrector", "share", "U-Net, peak memory", "corrector", "share", "U-Net, operations")
+    return _table((*head, "corrector", "kept of a step"), rows) if rows else []
