@@ -117,8 +117,10 @@ class RankingEnsemble(nn.Module):
         self.head = nn.ModuleList(
             [_Linear(members, hidden + known, hidden), _Linear(members, hidden, hidden), _Linear(members, hidden, 1)]
         )
-        # With few trials a weighted sum of the known problems' errors is the best guess; the rest corrects it.
+        # With few trials a weighted sum of the known problems' errors is the best guess. With many it keeps a search where
+        # these problems want it, so every other member does without.
         self.prior = nn.Parameter(torch.full((members, known, 1), 1.0 / known))
+        self.register_buffer("told", (torch.arange(members) % 2 == 0).float()[:, None, None])
         self.register_buffer("centre", torch.zeros(known))
         self.register_buffer("spread", torch.ones(known))
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(FREQUENCIES) / 4)
@@ -141,7 +143,7 @@ class RankingEnsemble(nn.Module):
             h = out.sigmoid() * c.tanh()
             total = total + nn.functional.normalize(h, dim=-1) * batch.mask[:, i, None]
         x = nn.functional.normalize(total / batch.mask.sum(1)[:, None], dim=-1)
-        known = ((batch.known - self.centre) / self.spread).expand(self.members, -1, -1)
+        known = self.told * ((batch.known - self.centre) / self.spread)
         x = torch.cat([x, known], dim=-1)
         for layer in self.head[:-1]:
             x = layer(x).relu()

@@ -13,6 +13,7 @@ from ..space import SearchSpace
 from .proposals import Proposer
 
 ELITE, CHILDREN, GENERATIONS = 16, 96, 2
+PLAIN = 0.25  # of a stage goes past the predictor, twice as much at the end
 FIRST_FIT = 12  # trials before the predictor is asked
 CROSSOVER, SPREAD = 0.35, 0.8  # share of children with two parents; of the logarithm of a child's scale
 
@@ -21,8 +22,8 @@ class S3Proposer(Proposer):
     """Predictor-based multi-stage search (arXiv:2312.07243, section 4).
 
     A stage fits the predictor on all trials, evolves children of the best under it, and queues the children that its members
-    rank first. A quarter of a stage goes past the predictor: plain mutations of the very best, which also keep its training
-    data honest. Moves tighten as the budget is spent.
+    rank first. A quarter of a stage, later half of it, goes past the predictor: plain mutations of the very best, which also
+    keep its training data honest. Moves tighten as the budget is spent.
 
     Attributes:
         history: per stage: trials known, Kendall's tau on held-out trials, scale of the moves.
@@ -63,7 +64,7 @@ class S3Proposer(Proposer):
         values = [value for value, _ in pool]
         tau = self.predictor.fit([s for _, s in pool], values, epochs=40 if self.predictor.fitted else 100)
         self.history.append({"trials": len(pool), "tau": tau, "scale": scale})
-        plain = max(self.stage // 4, 1)
+        plain = max(round(self.stage * (PLAIN + PLAIN * progress)), 1)
         chosen = [self.space.mutate(elite[i % min(3, len(elite))], rng, scale) for i in range(plain)]
         return self._evolved(elite, rng, scale, self.stage - plain) + chosen
 
