@@ -23,15 +23,25 @@ class Record:
         self.results: dict[str, dict[str, Row]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def run(self, seed: int, rows: Iterable[tuple[str, Callable[[], Row]]]) -> None:
+        """Compute what is missing; rows are kept in the order they come in."""
+        names = []
         for name, compute in rows:
+            names.append(name)
             found = self.results.setdefault(name, {})
             if str(seed) in found:
                 continue
             found[str(seed)] = compute()
             print(f"seed {seed}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in found[str(seed)].items()), flush=True)
-            partial = self.path.with_name(self.path.name + ".part")
-            partial.write_text(json.dumps(self.results, indent=1) + "\n")
-            partial.replace(self.path)
+            self._write()
+        ordered = {name: self.results[name] for name in [*names, *self.results]}
+        if list(ordered) != list(self.results):
+            self.results = ordered
+            self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        partial.replace(self.path)
 
     def table(self) -> str:
         """Markdown: mean over seeds, with the standard error of that mean."""

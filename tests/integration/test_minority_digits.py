@@ -112,6 +112,6 @@ def test_the_page_has_the_numbers_of_the_benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = (folder.parent / "docs" / "minority.md").read_text()
-    for part in ("mixture", "digits"):
+    for part in ("mixture", "digits", "cifar"):
         shown = page.partition(f"<!-- benchmarks/minority.py {part} -->\n")[2].partition("\n<!-- end -->")[0]
         assert shown == module.Record(folder / "results" / f"minority-{part}.json").table()
