@@ -122,6 +122,7 @@ def test_features_of_the_model_as_the_distance(tmp_path):
     assert record["table"]["guided"]["minority_score"] > 0
 
 
+@pytest.mark.slow
 def test_rare_within_a_class(tmp_path):
     """Scores know the class, bins are cut in every class, images are guided within the class they are asked for."""
     scores, classifier, out = tmp_path / "scores", tmp_path / "classifier.safetensors", tmp_path / "run"
