@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nfe", default="5,8,10,6")
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--refine", type=int, default=120)
+    parser.add_argument("--refine", type=int, default=100)
     parser.add_argument("--noises", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "configs" / "schedules")
     parser.add_argument("--cache", type=Path, default=None, help="folder for the converged solutions")
