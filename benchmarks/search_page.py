@@ -67,8 +67,8 @@ FINDINGS = """## Findings
 - On the digits, without guidance, the ratio is 0.69 at 5 evaluations and 0.65 at 10 (one seed, 128 noises). What limits
   it at 5 is the few samples that turn into another digit: they make the RMSE.
 - With guidance 2 the schedules that ship have 0.65 to 0.72 of the best classic error at 5, 6, 8 and 10 evaluations. At 5 they
-  are nearer to the model's own solution than any scheduler of diffusers is at 10 in the demo's hundred noises: the same picture in
-  half the calls. On another hundred (`fewstep demo --seed 2000`) that takes 6 instead of 5.
+  are nearer to the model's own solution than any scheduler of diffusers is at 10 in the demo's hundred noises: the same
+  picture in half the calls. On another hundred (`fewstep demo --seed 2000`) that takes 6 instead of 5.
 - On the 16-pixel CIFAR network the ratio is 0.37 at 5 evaluations (one seed, 48 noises, 96 others for the test).
 - Most of the gain is the refinement's. The search decides where it begins, and the starts end at different errors. Refinement
   of a model with classes needs every noise under its own class; with that wrong nothing could be found on guided digits.
