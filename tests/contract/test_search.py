@@ -170,6 +170,7 @@ def test_every_strategy(objective: Objective, strategy: str) -> None:
         assert len(set(digests)) == trials
 
 
+@pytest.mark.slow
 def test_never_worse_than_its_seeds(objective: Objective) -> None:
     space = SearchSpace(NOISE, 5)
     result = run_search(space, objective, "s3", 30, seed=0)
@@ -195,6 +196,7 @@ def test_any_function_may_be_searched_on() -> None:
     assert any(record.value == PENALTY for record in result.trials)
 
 
+@pytest.mark.slow
 def test_storage_resumes_and_remembers(objective: Objective, tmp_path: Path) -> None:
     space, storage = SearchSpace(NOISE, 4), str(tmp_path / "study.db")
     calls: list[str] = []

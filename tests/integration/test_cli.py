@@ -78,7 +78,15 @@ def test_a_killed_run_is_completed_and_another_run_is_refused(tmp_path: Path) ->
 
 
 def test_interrupt_is_exit_code_4(tmp_path: Path) -> None:
-    out = tmp_path / "images"
+    # A shell's background jobs ignore interrupts, and programs that they start inherit that: this one must not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt(tmp_path / "images")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(out: Path) -> None:
     args = [*COMMAND, *map(str, ("sample", "--sampler", "ddim", "--nfe", 50, "--num", 400, "--batch-size", 4, "--out", out))]
     process = subprocess.Popen(args, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
