@@ -11,7 +11,7 @@ from samplers import SolverSchedule
 from .ledger import Ledger, storage_url
 from .objective import Objective
 from .refine import Refined, refine
-from .selection import Classic, Score, best_of_each_kind, classics, ranked, score, with_provenance
+from .selection import Score, best_of_each_kind, classics, first_of_each_kind, ranked, score, with_provenance
 from .space import SearchSpace
 from .study import SearchResult, run_search
 
@@ -100,11 +100,12 @@ def find_schedule(
     )  # fmt: skip
     say("re-rank")
     judges = [validation, *rankers]
-    searched = ranked([record.schedule for record in result.top(FINALISTS)], judges)[0]
+    finalists = [record.schedule for record in result.top(FINALISTS)]
+    searched = ranked(finalists, judges)[0]
     chosen, refined = searched, None
     if refine_steps:
         # From where the search ended and from the best classic ones: what is best before need not be best after.
-        starts = {s.digest: s for s in (searched, *(space.adopt(c.schedule) for c in _best_of_kinds(known)))}
+        starts = {s.digest: s for s in (searched, *(space.adopt(c.schedule) for c in first_of_each_kind(known).values()))}
         tried = []
         for k, start in enumerate(starts.values()):
             say(f"refine, start {k + 1} of {len(starts)}")
@@ -125,7 +126,7 @@ def find_schedule(
             "seed": seed,
             "objective": train.settings,
             "refine_steps": refine_steps,
-            "selected_on": {"noises": len(validation.x_T), "finalists": FINALISTS},
+            "selected_on": {"noises": len(validation.x_T), "finalists": len(finalists)},
         },
         "scores": {
             "metric": "RMSE to the converged solution, held-out noises",
@@ -138,8 +139,3 @@ def find_schedule(
     }
     shipped = with_provenance(chosen, name, provenance)
     return Found(shipped, held_out, score(searched, test, "searched"), baselines, gap, result, refined)
-
-
-def _best_of_kinds(known: Sequence[Classic]) -> list[Classic]:
-    """The best plain and the best analytic one."""
-    return list({classic.kind: classic for classic in reversed(known)}.values())

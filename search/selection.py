@@ -134,12 +134,14 @@ def screening_cost(count: int, noises: int) -> int:
     return total + noises * count
 
 
+def first_of_each_kind(found: Sequence[Classic]) -> dict[str, Classic]:
+    """The first "plain" and the first "analytic" one."""
+    return {classic.kind: classic for classic in reversed(found)}
+
+
 def best_of_each_kind(found: Sequence[Classic], test: Objective) -> dict[str, Score]:
-    """The first "plain" and the first "analytic" one, scored on the test's noises."""
-    first: dict[str, Classic] = {}
-    for classic in found:
-        first.setdefault(classic.kind, classic)
-    return {kind: score(classic.schedule, test, classic.text) for kind, classic in first.items()}
+    """The first of each kind, scored on the test's noises."""
+    return {kind: score(classic.schedule, test, classic.text) for kind, classic in first_of_each_kind(found).items()}
 
 
 def with_provenance(schedule: SolverSchedule, name: str, facts: Mapping[str, Any]) -> SolverSchedule:
