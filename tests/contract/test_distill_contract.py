@@ -283,6 +283,18 @@ def test_when_no_family_holds_up_the_best_plain_sampler_is_returned(monkeypatch)
     assert table.transition == "tweedie"  # euler is the other family's, and worse
 
 
+def test_a_table_must_beat_the_plain_samplers_of_every_family():
+    # four reveals of three tokens: fixed counts are exact, and a learned Tweedie table beats nothing but plain Tweedie
+    process = MaskedProcess(2)
+    law = random_chain(process).law(3)
+    with pytest.warns(UserWarning, match="no improvement over fixed_count"):
+        table = fit_discrete_sampler(TabularModel(law, process), process, 3, 4, target=law, settings=FitSettings(budget=8))
+    notes = table.provenance
+    assert (table.transition, notes["plain"], notes["improves"]) == ("fixed_count", "fixed_count", False)
+    assert notes["scores"]["plain"]["kl"] == pytest.approx(0.0, abs=1e-12)
+    assert notes["scores"]["learned"]["kl"] > 1e-7
+
+
 def test_the_ngram_objective_leaves_something_to_judge_by():
     from distill.judge import default_holdout
     from distill.statistics import objective_windows
