@@ -22,7 +22,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 def table_steps(table: DiscreteTable) -> list[Step]:
     """The steps of a table, with every knob's number."""
-    count, steps = table.steps, []
+    count, steps, heat = table.steps, [], transition(table.transition).parameters["temperature"]
     total = None if table.count is None else sum(table.count)
     shown = 0.0
     for k in range(count):
@@ -35,7 +35,7 @@ def table_steps(table: DiscreteTable) -> list[Step]:
                 t=table.times[k],
                 s=table.times[k + 1],
                 rate=table.knob("rate", k, 1.0),
-                temp=table.knob("temp", k, 1.0),
+                temp=table.knob("temp", k, 1.0) if heat == 1.0 else table.knob("temp", k, 1.0) / heat,
                 unmask=table.knob("unmask", k, None),
                 remask=table.knob("remask", k, 0.0),
                 target=None if total is None else 1.0 if k == count - 1 else shown,

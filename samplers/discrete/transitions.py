@@ -125,25 +125,34 @@ def _entropy_bound(process: MaskedProcess, probs: Tensor, x: Tensor, step: Step,
     return process.reveal(probs, x, chosen.to(probs.dtype)[..., None])
 
 
-_TOP = {"top_p": 1.0}
+_SHAPE = {"top_p": 1.0, "temperature": 1.0}
 _SECOND = "Ren et al. 2025, arXiv:2502.00234"
 _KERNEL_KNOBS = ("rate", "temp", "remask")
 
 CATALOGUE = {
     item.name: item
     for item in (
-        Transition("euler", "kernel", BOTH, _KERNEL_KNOBS, 1, "Lou et al. 2024, arXiv:2310.16834", _euler, _TOP),
-        Transition("tau", "kernel", BOTH, _KERNEL_KNOBS, 1, "Campbell et al. 2022, arXiv:2205.14987", _tau, _TOP),
+        Transition("euler", "kernel", BOTH, _KERNEL_KNOBS, 1, "Lou et al. 2024, arXiv:2310.16834", _euler, _SHAPE),
+        Transition("tau", "kernel", BOTH, _KERNEL_KNOBS, 1, "Campbell et al. 2022, arXiv:2205.14987", _tau, _SHAPE),
         Transition(
-            "tweedie", "kernel", BOTH, ("temp", "unmask", "remask"), 1, "arXiv:2310.16834, Tweedie tau-leaping", _tweedie, _TOP
+            "tweedie",
+            "kernel",
+            BOTH,
+            ("temp", "unmask", "remask"),
+            1,
+            "arXiv:2310.16834, Tweedie tau-leaping",
+            _tweedie,
+            _SHAPE,
         ),
-        Transition("remdm", "kernel", MASKED, ("temp",), 1, "Wang et al. 2025, arXiv:2503.00307", _remdm, _TOP | {"eta": 0.1}),
         Transition(
-            "theta_trapezoidal", "two_stage", BOTH, ("rate", "temp"), 2, _SECOND, None, _TOP | {"theta": 0.5, "last": 1}
+            "remdm", "kernel", MASKED, ("temp",), 1, "Wang et al. 2025, arXiv:2503.00307", _remdm, _SHAPE | {"eta": 0.1}
         ),
-        Transition("theta_rk2", "two_stage", BOTH, ("rate", "temp"), 1, _SECOND, None, _TOP | {"theta": 0.5, "last": 1}),
         Transition(
-            "fixed_count", "count", MASKED, ("temp", "count", "remask"), None, "Nie et al. 2025, arXiv:2502.09992", None, _TOP
+            "theta_trapezoidal", "two_stage", BOTH, ("rate", "temp"), 2, _SECOND, None, _SHAPE | {"theta": 0.5, "last": 1}
+        ),
+        Transition("theta_rk2", "two_stage", BOTH, ("rate", "temp"), 1, _SECOND, None, _SHAPE | {"theta": 0.5, "last": 1}),
+        Transition(
+            "fixed_count", "count", MASKED, ("temp", "count", "remask"), None, "Nie et al. 2025, arXiv:2502.09992", None, _SHAPE
         ),
         Transition(
             "confidence",
@@ -153,7 +162,7 @@ CATALOGUE = {
             None,
             "Chang et al. 2022, arXiv:2202.04200",
             None,
-            _TOP | {"noise": 0.0},
+            _SHAPE | {"noise": 0.0},
         ),
         Transition(
             "entropy_bound",
@@ -163,10 +172,10 @@ CATALOGUE = {
             None,
             "Ben-Hamu et al. 2025, arXiv:2505.24857",
             _entropy_bound,
-            _TOP | {"bound": 0.1},
+            _SHAPE | {"bound": 0.1},
         ),
         Transition(
-            "first_hitting", "first_hitting", MASKED, ("temp",), None, "Zheng et al. 2024, arXiv:2409.02908", None, _TOP
+            "first_hitting", "first_hitting", MASKED, ("temp",), None, "Zheng et al. 2024, arXiv:2409.02908", None, _SHAPE
         ),
     )
 }
@@ -192,6 +201,7 @@ def transition(text: str) -> Transition:
         except ValueError:
             raise ValueError(f"{name}: {key}={value!r} is not a number") from None
     bounds = {"top_p": (1e-9, 1.0), "theta": (1e-3, 0.999), "eta": (0.0, 1.0), "noise": (0.0, 1e6), "bound": (0.0, 1e6)}
+    bounds["temperature"] = (0.01, 100.0)
     for key, (low, high) in bounds.items():
         if key in parameters and not low <= parameters[key] <= high:
             raise ValueError(f"{name}: {key} must be in [{low:g}, {high:g}], got {parameters[key]:g}")

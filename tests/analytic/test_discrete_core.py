@@ -1,6 +1,7 @@
 """Discrete diffusion against the exact chain: rates, bridges, posteriors, conversions, and the laws of samplers."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -325,6 +326,21 @@ def test_rules():
     assert isinstance(chain, MarkovModel)
     with pytest.raises(ValueError, match="4 symbols"):
         sudoku_model(process)
+
+
+@pytest.mark.parametrize("base", ["fixed_count", "theta_trapezoidal", "confidence"])
+def test_a_temperature_is_the_inverse_of_a_constant_exponent(base, generator):
+    process = MaskedProcess(3)
+    law = random_chain(process).law(3)
+    model, plain = TabularModel(law, process), DiscreteTable.plain("masked", base, 3)
+    warm = DiscreteTable.plain("masked", f"{base}:temperature=0.5", 3)
+    table = replace(plain, temp=(2.0,) * plain.steps)
+    assert torch.equal(exact_law(model, process, 3, table=warm), exact_law(model, process, 3, table=table))
+    assert not torch.allclose(exact_law(model, process, 3, table=warm), exact_law(model, process, 3, table=plain), atol=0.01)
+    first, second = (sample_discrete(model, process, (50, 3), table=t, generator=generator(1)) for t in (warm, table))
+    assert torch.equal(first, second)
+    with pytest.raises(ValueError, match=r"temperature must be in \[0.01, 100\], got 0"):
+        transition("tweedie:temperature=0")
 
 
 def test_transitions_say_what_they_are():

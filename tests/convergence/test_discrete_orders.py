@@ -76,3 +76,29 @@ def test_local_order(name, process, local):
 
 def test_every_ordered_transition_is_measured():
     assert {name for name, entry in CATALOGUE.items() if entry.order} == {name.partition(":")[0] for name, *_ in ORDERS}
+
+
+def test_theta_rk2_is_of_first_order_because_its_leaps_are_drawn_apart():
+    """Two coupled sites from all masks: the chance that both are revealed is the product of the rates at the start.
+
+    The second evaluation corrects each site's chance, not that of both: the second leap starts over from the first state with
+    its own draws. `theta_trapezoidal` leaps on from the trial state, and has the exact chance to leading order.
+    """
+    process = MaskedProcess(VOCAB)
+    law = torch.tensor([[0.45, 0.05], [0.05, 0.45]], dtype=torch.float64)
+    model, t, width = TabularModel(law, process), 0.6, 1e-3
+    ids = torch.cartesian_prod(*[torch.arange(3)] * 2)
+    hidden = ids[-1:]
+    assert (hidden == process.mask_id).all()
+
+    def both(name):
+        found = _push_step(model, process, transition(name), Step(0, 2, t, t - width), ids, hidden, torch.ones(1).double())
+        return found.view(3, 3)[0, 0] / width**2  # both sites show symbol 0
+
+    rate = process.reverse_rates(model(hidden, torch.tensor(t)), hidden, t)[0, :, 0]
+    after = process.reverse_rates(model(torch.tensor([[0, 2]]), torch.tensor(t)), torch.tensor([[0, 2]]), t)[0, 1, 0]
+    exact = rate[0] * after  # half of two orders that are equally likely
+    assert float(exact / (rate[0] * rate[1])) == pytest.approx(1.8, rel=1e-9)
+    assert float(both("theta_rk2")) == pytest.approx(float(rate[0] * rate[1]), rel=0.01)
+    assert float(both("tau")) == pytest.approx(float(rate[0] * rate[1]), rel=0.01)
+    assert float(both("theta_trapezoidal")) == pytest.approx(float(exact), rel=0.01)
