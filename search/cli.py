@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,6 @@ from samplers.commands.common import (
     ClassLabelsOption,
     DeviceOption,
     DtypeOption,
-    GuidanceOption,
     HeightOption,
     JsonOption,
     ModelOption,
@@ -27,6 +27,7 @@ from samplers.commands.common import (
     WidthOption,
     conditioning,
     err_console,
+    numbers,
     out_console,
     progress_bar,
 )
@@ -58,7 +59,10 @@ def run(
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     class_labels: ClassLabelsOption = None,
-    guidance: GuidanceOption = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(help="Guidance scale, or several as 5,7.5,10: the schedule is then searched for their average."),
+    ] = None,
     height: HeightOption = None,
     width: WidthOption = None,
     device: DeviceOption = "cpu",
@@ -81,11 +85,14 @@ def run(
 
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
-    what = conditioning(prompt, prompts, class_labels, guidance, height, width)
+    scales = numbers("--guidance", guidance)
+    what = conditioning(prompt, prompts, class_labels, scales[0] if scales else None, height, width)
     pipe = evaluation.load_pipeline(model, device=device, dtype=dtype, offline=offline)
     what.check(pipe)
     call = what.arguments(pipe, range(max(len(what.prompts), len(what.class_labels), 1 if what.prompts else 10)))
-    problem = pipeline_problem(pipe, call, batch_size=batch_size)
+    if len(scales) > 1:
+        del call["guidance_scale"]
+    problem = pipeline_problem(pipe, call, guidance_scales=scales[1:] and scales, batch_size=batch_size)
     if dry_run:
         _plan(problem, nfe, trials, noises, reference_nfe, refine, baselines, as_json)
         return
@@ -105,7 +112,12 @@ def run(
             seed=seed,
             refine_steps=refine,
             baseline_limit=baselines,
-            facts={"model": model, "weights": problem.model, "guidance": guidance, "dtype": dtype},
+            facts={
+                "model": model,
+                "weights": problem.model,
+                "guidance": scales[0] if len(scales) == 1 else list(scales) or None,
+                "dtype": dtype,
+            },
             progress=_live(bar, task),
             say=lambda text: bar.update(task, description=text),
             study_name=study,
@@ -142,6 +154,12 @@ def _live(bar: Any, task: Any) -> Callable[[Any, Any], None]:
     return after
 
 
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def _plan(
     problem: Any, nfe: int, trials: int, noises: int, reference_nfe: int, refine: int, baselines: int, as_json: bool
 ) -> None:
@@ -154,9 +172,7 @@ def _plan(
     x, t = problem.noises(min(noises, 16), 0), torch.tensor(0.5 * problem.noise_schedule.t_max, dtype=torch.float64)
     with torch.no_grad():
         problem.denoiser(x, t)
-        start = time.perf_counter()
-        problem.denoiser(x, t)
-        rate = len(x) / (time.perf_counter() - start)
+        rate = len(x) / median(_seconds(lambda: problem.denoiser(x, t)) for _ in range(5))
     total = sum(count for _, count in _splits(noises))
     parts = {
         "converged solutions": total * (reference_nfe + reference_nfe // 2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,41 @@ from samplers import NoiseSchedule
 from samplers.denoisers import from_pipeline
 from samplers.engine import Denoiser
 
+from .converged import of_rows
 from .objective import Objective
 
 STRIDE = 1_000_000  # between the seeds of the three sets
+
+
+@dataclass(frozen=True, eq=False)
+class InTurn:
+    """Several denoisers as one: so many rows of the state belong to the first, as many to the second, and round again.
+
+    Attributes:
+        denoisers: ``(x, t) -> x0`` each.
+        block: rows in a row that belong to one.
+        rows: (B,) places of the rows in a larger state; None for a state of its own.
+    """
+
+    denoisers: tuple[Denoiser, ...]
+    block: int
+    rows: Tensor | None = None
+
+    def for_rows(self, rows: Tensor) -> InTurn:
+        """The denoiser of some rows of a larger state, who keep what they are there."""
+        return replace(self, rows=rows.cpu())
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, *E) states and a 0-d time to the data prediction, each row by its own denoiser."""
+        rows = torch.arange(len(x)) if self.rows is None else self.rows
+        whose = rows // self.block % len(self.denoisers)
+        places = [(whose == k).nonzero().flatten() for k in range(len(self.denoisers))]
+        answers = [
+            of_rows(denoiser, rows[own])(x[own.to(x.device)], t)
+            for denoiser, own in zip(self.denoisers, places, strict=True)
+            if len(own)
+        ]
+        return torch.cat(answers)[torch.cat(places).argsort().to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -69,17 +101,38 @@ class Problem:
         )
 
 
-def pipeline_problem(pipe: Any, call_kwargs: Mapping[str, Any], *, batch_size: int | None = None) -> Problem:
+def pipeline_problem(
+    pipe: Any,
+    call_kwargs: Mapping[str, Any],
+    *,
+    guidance_scales: Sequence[float] = (),
+    batch_size: int | None = None,
+) -> Problem:
     """Bind a pipeline's conditioning; see `samplers.denoisers.from_pipeline`.
 
-    The noises take the conditions in turn, so several prompts are averaged over by one objective; average over guidance scales
-    with `Objective.mean`.
+    Args:
+        pipe: the pipeline.
+        call_kwargs: of its call. The noises take the prompts or classes in turn, so an objective averages over them.
+        guidance_scales: several scales to be averaged over too: once all conditions have had their turn at one scale, they
+            have it at the next. None leaves ``guidance_scale`` to ``call_kwargs``.
+        batch_size: samples per network call.
+
+    Raises:
+        ValueError: see `from_pipeline`; also a ``guidance_scale`` beside ``guidance_scales``.
     """
-    denoiser, decode, shape = from_pipeline(pipe, chunk=batch_size, **call_kwargs)
+    if guidance_scales and "guidance_scale" in call_kwargs:
+        raise ValueError("give guidance_scale or guidance_scales, not both")
+    calls = [{**call_kwargs, "guidance_scale": scale} for scale in guidance_scales] or [dict(call_kwargs)]
+    bound = [from_pipeline(pipe, chunk=batch_size, **call) for call in calls]
+    denoiser, decode, shape = bound[0]
+    if len(bound) > 1:
+        block = denoiser.conditions  # type: ignore[attr-defined]
+        denoiser = InTurn(tuple(each for each, _, _ in bound), block)
     network = getattr(pipe, "unet", None) or pipe.transformer
     noise = NoiseSchedule.from_config(pipe.scheduler.config)
-    described = f"{weights_hash(network)}-{_described(call_kwargs)}"
-    return Problem(denoiser, noise, shape, decode, described, None, network.device)
+    asked = {**call_kwargs, "guidance_scales": tuple(guidance_scales)} if guidance_scales else call_kwargs
+    model = f"{weights_hash(network)}-{_described(asked)}"
+    return Problem(denoiser, noise, shape, decode, model, None, network.device)
 
 
 def _described(call_kwargs: Mapping[str, Any]) -> str:

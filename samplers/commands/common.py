@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +52,21 @@ def integers(option: str, text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise ValueError(f"{option} {text!r}: expected comma-separated whole numbers") from None
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Finite numbers of a comma-separated option; none for no text.
+
+    Raises:
+        ValueError: naming the option and what it got.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{option} {text!r}: expected comma-separated numbers")
+    return found
 
 
 def conditioning(

@@ -43,6 +43,8 @@ class FitSettings:
         check_every: updates between looks at the held-out loss.
         patience: looks without improvement before stopping; None never stops early.
         flip: mirror images at random.
+        balanced: show every label equally often, however few samples have it. The loss is adjusted, so that the classifier's
+            probabilities are still those of the data as it is.
         drop_class: how often a class-conditional classifier is shown "no class".
         seed: of everything random here.
     """
@@ -55,6 +57,7 @@ class FitSettings:
     check_every: int = 250
     patience: int | None = None
     flip: bool = False
+    balanced: bool = False
     drop_class: float = 0.1
     seed: int = 0
 
@@ -113,7 +116,8 @@ def fit(
     _check(classifier, data, labels, class_labels)
     generator = torch.Generator().manual_seed(settings.seed)
     train, held_out = _split(labels, settings.validation, generator)
-    run = _Run(classifier, data, labels, class_labels, noise_schedule, settings, generator)
+    rows_of = _sampler(labels, train, settings.balanced)
+    run = _Run(classifier, data, labels, class_labels, noise_schedule, settings, generator, _log_shares(labels, classifier.labels))
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     state: dict[str, Any] = {"step": 0, "best_step": 0, "best_loss": None, "best_accuracy": None, "best": None, "stale": 0}
     if checkpoint is not None and checkpoint.is_file():
@@ -124,7 +128,7 @@ def fit(
         looks = min(settings.check_every - step % settings.check_every, settings.steps - step)
         running = torch.zeros((), device=next(classifier.parameters()).device)
         for _ in range(looks):
-            rows = train[torch.randint(len(train), (settings.batch_size,), generator=generator)]
+            rows = rows_of(settings.batch_size, generator)
             loss, _ = run.loss(rows)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -172,6 +176,27 @@ def _split(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Te
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
+def _sampler(labels: Tensor, train: Tensor, balanced: bool) -> Callable[[int, torch.Generator], Tensor]:
+    """What draws the rows of a batch: all alike, or first a label and then one of its rows."""
+    if not balanced:
+        return lambda count, generator: train[torch.randint(len(train), (count,), generator=generator)]
+    known, place, counts = labels[train].unique(return_inverse=True, return_counts=True)
+    ordered, first = train[place.argsort(stable=True)], counts.cumsum(0) - counts
+
+    def rows(count: int, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(known), (count,), generator=generator)
+        within = torch.rand(count, generator=generator, dtype=torch.float64) * counts[chosen]
+        return ordered[first[chosen] + within.long()]
+
+    return rows
+
+
+def _log_shares(labels: Tensor, outputs: int) -> Tensor:
+    """Logarithm of every label's share of the samples, (outputs,); a label without samples counts as half of one."""
+    counts = torch.bincount(labels.cpu(), minlength=outputs).double().clamp(min=0.5)
+    return (counts / len(labels)).log().float()
+
+
 @dataclass
 class _Run:
     classifier: Any
@@ -181,9 +206,14 @@ class _Run:
     noise_schedule: NoiseSchedule
     settings: FitSettings
     generator: torch.Generator
+    log_shares: Tensor
 
     def loss(self, rows: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of freshly noised samples, and how many were right."""
+        """Cross-entropy of freshly noised samples, and how many were right.
+
+        Balanced batches show a label p times too rarely or too often, p being its share; with log p taken from the logits in
+        the loss, the logits themselves are those of the shares as they are (Menon et al. 2021, arXiv:2007.07314).
+        """
         g = generator or self.generator
         device = next(self.classifier.parameters()).device
         x0 = self.data[rows].float()
@@ -202,6 +232,8 @@ class _Run:
             classes = self.class_labels[rows].masked_fill(dropped, self.classifier.classes or 0).to(device)
         target = self.labels[rows].to(device)
         logits = self.classifier(x, alpha.clamp(min=1e-6), sigma, classes)
+        if self.settings.balanced and generator is None:
+            return F.cross_entropy(logits - self.log_shares.to(device), target), (logits.argmax(-1) == target).sum()
         return F.cross_entropy(logits, target), (logits.argmax(-1) == target).sum()
 
     def _time(self, u: Tensor) -> Tensor:

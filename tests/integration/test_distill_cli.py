@@ -75,6 +75,10 @@ def test_missing_things_are_named(tmp_path, config):
     (tmp_path / "part" / "config.json").write_text(config.read_text())
     assert "no table for NFE 2, 3" in str(call("eval", tmp_path / "part").exception)
     other = tmp_path / "other.json"
+    other.write_text(json.dumps(LAW | {"seed": 5, "objective": "fid"}))
+    for _ in range(2):  # a run that failed before it made anything does not keep its folder
+        assert "known: auto" in str(call("run", other, "--out", tmp_path / "part").exception)
+    (tmp_path / "part" / "nfe-2.json").write_text("{}")
     other.write_text(json.dumps(LAW | {"seed": 5}))
     assert "another run" in str(call("run", other, "--out", tmp_path / "part").exception)
 

@@ -158,3 +158,19 @@ def test_rows_keep_their_conditions() -> None:
     assert (misplaced - whole.samples(schedule)[rows]).abs().max() > 0.1
     with pytest.raises(ValueError, match="3 rows"):
         problem.denoiser.for_rows(rows)(whole.x_T, torch.tensor(0.5))
+
+
+def test_guidance_scales_take_turns() -> None:
+    """Rows 0-2 are guided by one scale, rows 3-5 by the other, and they keep it wherever they are solved."""
+    classes = {"class_labels": [3, 1, 4]}
+    both = pipeline_problem(load("digits-conditional"), classes, guidance_scales=(1.0, 4.0))
+    whole = both.endpoint("train", 7, 0, 20)
+    schedule = recipe("ddim", both.noise_schedule, 3)
+    drawn = whole.samples(schedule)
+    for scale, rows in ((1.0, [0, 1, 2, 6]), (4.0, [3, 4, 5])):
+        alone = pipeline_problem(load("digits-conditional"), {**classes, "guidance_scale": scale})
+        wanted = sample(alone.denoiser.for_rows(torch.tensor(rows)), whole.x_T[rows], schedule, alone.noise_schedule)
+        torch.testing.assert_close(drawn[rows], wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(replace(whole, batch_size=4).samples(schedule), drawn, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="not both"):
+        pipeline_problem(load("digits-conditional"), {"guidance_scale": 2.0}, guidance_scales=(1.0, 4.0))
