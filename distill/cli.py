@@ -104,12 +104,12 @@ def _changed(config: DistillConfig, **changes: Any) -> DistillConfig:
 
 
 def _remember(path: Path, config: DistillConfig) -> None:
-    """Keep the config; refuse a folder that holds another run (more NFE may join)."""
+    """Keep the config; refuse a folder that holds results of another run (more NFE may join)."""
     import msgspec
 
     from .config import read_config
 
-    if path.is_file():
+    if path.is_file() and any([*path.parent.glob("nfe-*.json"), *path.parent.glob("work/*.json")]):
         before = read_config(path)
         if msgspec.structs.replace(before, nfe=config.nfe, compare=config.compare) != config:
             raise ValueError(f"{path.parent} holds another run: name another --out, or remove it")
@@ -202,4 +202,9 @@ def _judge(out: Path, config: DistillConfig, problem: Problem, settings: Any, as
         numbers = [f"{row[name]:.4g}" if name in row else "" for name in names]
         grid.add_row(row["sampler"], "" if row["nfe"] is None else str(row["nfe"]), *numbers)
     out_console.print(grid)
+    for nfe in config.nfe:
+        notes = tables[f"learned {nfe}"].provenance
+        if not notes.get("improves", True):
+            text = f"learned {nfe} is no improvement over plain {notes.get('plain', 'samplers')}: {'; '.join(notes['reasons'])}"
+            out_console.print(text, markup=False, highlight=False)
     out_console.print(f"tables: {out}/nfe-*.json   picture: {picture}", highlight=False)

@@ -136,6 +136,8 @@ class DiscreteTable:
         Raises:
             ValueError: unknown keys or format, or numbers out of range.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a discrete table is read from a mapping, got {type(data).__name__}; of a table take .to_dict()")
         data = dict(data)
         if data.pop("format", FORMAT) != FORMAT:
             raise ValueError(f"this version reads discrete tables of format {FORMAT}")

@@ -50,6 +50,7 @@ class SupportModel:
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Posterior (B, L, V), float64."""
+        check_length(x, self.points.shape[1])
         logs = self.weights.log() + self.agreement(x, t)
         return (logs.softmax(-1) @ self._hot).unflatten(-1, (x.shape[1], self.process.vocab))
 
@@ -126,6 +127,7 @@ class ProductMixtureModel:
 
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Posterior (B, L, V), float64."""
+        check_length(x, self.sites.shape[1])
         joint = self.sites * evidence(self.process, x, t)[:, None]  # (B, K, L, V)
         total = joint.sum(-1)
         component = (self.weights.log() + total.log().sum(-1)).softmax(-1)
@@ -142,6 +144,12 @@ class ProductMixtureModel:
         """Sequences (n, L) from the law."""
         rows = self.sites[torch.multinomial(self.weights, n, replacement=True, generator=generator)]
         return torch.multinomial(rows.flatten(0, 1), 1, generator=generator).view(n, -1)
+
+
+def check_length(x: Tensor, length: int) -> None:
+    """Refuse ids (B, L) of another length than the law's."""
+    if x.ndim != 2 or x.shape[1] != length:
+        raise ValueError(f"this law is over sequences of {length} tokens: ids must be (B, {length}), got {tuple(x.shape)}")
 
 
 def evidence(process: Process, x: Tensor, t: Time) -> Tensor:

@@ -77,8 +77,8 @@ class Transition:
 
     def steps(self, nfe: int) -> int:
         """Steps that ``nfe`` network evaluations allow."""
-        if nfe < 1:
-            raise ValueError(f"nfe must be at least 1, got {nfe}")
+        if nfe < 1 or nfe != int(nfe):
+            raise ValueError(f"nfe must be a whole number of at least 1, got {nfe}")
         return (nfe + 1) // 2 if self.kind == "two_stage" else nfe
 
     def check(self, process: str) -> None:

@@ -133,6 +133,8 @@ def test_bad_tables_are_refused(change, message):
 
 
 def test_bad_calls_are_refused():
+    with pytest.raises(ValueError, match=r"got DiscreteTable; of a table take \.to_dict\(\)"):
+        DiscreteTable.from_dict(DiscreteTable.plain("masked", "fixed_count", 2))
     process = MaskedProcess(3)
     model = TabularModel(random_chain(process).law(3), process)
     table = DiscreteTable.plain("uniform", "euler", 3)
@@ -150,6 +152,10 @@ def test_bad_calls_are_refused():
         sample_discrete(lambda x, t: torch.ones(2, 3, 4), process, (2, 3), 3)
     with pytest.raises(ValueError, match="sums to"):
         TabularModel(torch.ones(3, 3), process)
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got 2\.5"):
+        sample_discrete(model, process, (2, 3), 2.5)
+    with pytest.raises(ValueError, match=r"sequences of 2 tokens: ids must be \(B, 2\), got \(4, 3\)"):
+        sample_discrete(TabularModel(torch.full((3, 3), 1 / 9), process), process, (4, 3), 2)
 
 
 @pytest.mark.parametrize("target", ["teacher", pytest.param("ids", marks=pytest.mark.slow)])
