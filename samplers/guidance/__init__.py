@@ -8,12 +8,14 @@ from .bins import bins_within, equal_count_bins, split_rarest
 from .boosting import boost_gain, level_of_gain, model_top_variance
 from .classifier import MinorityClassifier
 from .distances import absolute_error, feature_distance, lpips, squared_error
+from .examples import alike, marked_kinds
 from .features import NetworkFeatures, Whitening
 from .fitting import FitReport, FitSettings, fit
 from .hooks import GuidanceRun
 from .kinds import kind_shares, missing_kinds
 from .levels import alpha_bar_of_snr, time_of_alpha_bar, top_eigenvalue
 from .minority import minority_guidance, self_minority_guidance
+from .patches import PatchFeatures
 from .prompts import PromptSettings, minority_prompt
 from .scorer import MinorityScorer
 from .scoring import read_scores, score_dataset
@@ -28,10 +30,12 @@ __all__ = [
     "MinorityClassifier",
     "MinorityScorer",
     "NetworkFeatures",
+    "PatchFeatures",
     "PromptSettings",
     "Whitening",
     "Window",
     "absolute_error",
+    "alike",
     "alpha_bar_of_snr",
     "bins_within",
     "boost_and_skip",
@@ -46,6 +50,7 @@ __all__ = [
     "label_mask",
     "level_of_gain",
     "lpips",
+    "marked_kinds",
     "minority_guidance",
     "minority_prompt",
     "missing_kinds",

@@ -100,22 +100,23 @@ class Whitening:
 
     Attributes:
         mean: (F,) float64.
-        matrix: (F, F) float64, symmetric.
+        matrix: (F, F) float64, symmetric; (F, rank) where only the leading directions were kept.
     """
 
     mean: Tensor
     matrix: Tensor
 
     @classmethod
-    def fit(cls, vectors: Tensor, shrink: float = 1e-4) -> Whitening:
+    def fit(cls, vectors: Tensor, shrink: float = 1e-4, rank: int | None = None) -> Whitening:
         """Fit to (N, F) vectors; N several times F, or the vectors fitted on look commoner than others.
 
         Args:
             vectors: (N, *E), flattened.
             shrink: added to every eigenvalue of the covariance, as a share of their mean.
+            rank: keep only so many directions, those of largest variance; None keeps all.
 
         Raises:
-            ValueError: fewer than two vectors, or all alike.
+            ValueError: fewer than two vectors, or all alike; a rank outside 1..F.
         """
         flat = vectors.flatten(1).double()
         if len(flat) < 2 or not shrink > 0:
@@ -125,10 +126,15 @@ class Whitening:
         average = values.mean().item()
         if not (math.isfinite(average) and average > 0):
             raise ValueError("the vectors are all alike or not finite: there is nothing to whiten")
-        return cls(mean, (axes * (values.clamp(min=0) + shrink * average).rsqrt()) @ axes.mT)
+        factors = (values.clamp(min=0) + shrink * average).rsqrt()
+        if rank is None:
+            return cls(mean, (axes * factors) @ axes.mT)
+        if not 1 <= rank <= len(values):
+            raise ValueError(f"rank must lie in 1..{len(values)}, the values of a vector, got {rank}")
+        return cls(mean, (axes * factors)[:, -rank:])
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """(B, *E) -> (B, F) float64.
+        """(B, *E) -> (B, F) or (B, rank) float64.
 
         Raises:
             ValueError: vectors of another size.

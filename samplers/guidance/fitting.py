@@ -117,7 +117,9 @@ def fit(
     generator = torch.Generator().manual_seed(settings.seed)
     train, held_out = _split(labels, settings.validation, generator)
     rows_of = _sampler(labels, train, settings.balanced)
-    run = _Run(classifier, data, labels, class_labels, noise_schedule, settings, generator, _log_shares(labels, classifier.labels))
+    run = _Run(
+        classifier, data, labels, class_labels, noise_schedule, settings, generator, _log_shares(labels, classifier.labels)
+    )
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     state: dict[str, Any] = {"step": 0, "best_step": 0, "best_loss": None, "best_accuracy": None, "best": None, "stale": 0}
     if checkpoint is not None and checkpoint.is_file():
