@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from discrete_checks import checks
+
 PAGE = Path(__file__).parent.parent / "docs" / "discrete.md"
 RESULTS = Path(__file__).parent / "results" / "discrete.json"
 MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
@@ -106,9 +108,9 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     head, rest = page.split(MARKS[0])
     tail = rest.split(MARKS[1])[1]
-    PAGE.write_text(f"{head}{MARKS[0]}\n\n{tables(cells)}\n{MARKS[1]}{tail}", encoding="utf-8")
+    PAGE.write_text(f"{head}{MARKS[0]}\n\n{checks(cells)}\n{tables(cells)}\n{MARKS[1]}{tail}", encoding="utf-8")
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(cells, indent=0) + "\n", encoding="utf-8")
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, cells)) + "\n]\n", encoding="utf-8")
     print(f"{len(cells)} cells -> {PAGE.name}, {RESULTS.name}")
 
 
