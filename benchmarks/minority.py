@@ -1,11 +1,12 @@
 """Does minority guidance reach rare modes? Against unguided sampling, rejection at equal NFE, and controls.
 
-    python benchmarks/minority.py --part mixture --part digits --work DIR [--seeds 3] [--sampler ddpm --sampler ...]
+    python benchmarks/minority.py --part mixture --part digits --work DIR [--seeds 3 | --seeds 3,4,5] [--rows TEXT]
     python benchmarks/minority.py --table
 
-Results go to ``benchmarks/results/minority-PART.json`` after every row; the same command continues an interrupted run.
-``--sampler`` names the samplers of the rows at 10 network evaluations: recipe text or a JSON schedule; by default two recipes
-and the schedule that ``benchmarks/minority_schedules.py`` found for the part's model, if it is there.
+``--seeds 3`` is 0, 1 and 2; ``--rows`` computes only the rows whose name contains the text. Results go to
+``benchmarks/results/minority-PART.json`` after every row; the same command continues an interrupted run. ``--sampler`` names
+the samplers of the rows at 10 network evaluations: recipe text or a JSON schedule; by default two recipes and the schedule
+that ``benchmarks/minority_schedules.py`` found for the part's model, if it is there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def samplers_of(part: str, given: list[str] | None) -> list[str]:
     return given or SAMPLERS + ([str(found)] if found.is_file() else [])
 
 
+def seeds_of(text: str) -> list[int]:
+    """3 -> 0, 1, 2; 3,4,5 -> those."""
+    return [int(seed) for seed in text.split(",") if seed] if "," in text else list(range(int(text)))
+
+
 def fill_page(page: Path, records: dict[str, Record]) -> None:
     """Put the tables between their marks in the documentation."""
     text = page.read_text()
@@ -44,7 +50,8 @@ def fill_page(page: Path, records: dict[str, Record]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, default=None)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="how many, or which, with commas")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--sampler", action="append", default=None)
     parser.add_argument("--data", type=Path, help="for --part cifar")
     parser.add_argument("--work", type=Path, default=Path("minority-work"), help="folder for scores and classifiers")
@@ -59,7 +66,7 @@ def main() -> None:
         torch.set_num_threads(1)
         RESULTS.mkdir(exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for part in parts:
                 samplers = samplers_of(part, args.sampler)
                 if part == "cifar":
@@ -67,7 +74,7 @@ def main() -> None:
                 else:
                     module = minority_mixture if part == "mixture" else minority_digits
                     rows = module.rows(seed, samplers, args.work)
-                records[part].run(seed, rows)
+                records[part].run(seed, rows, args.rows)
     for part, record in records.items():
         print(f"\n## {part}\n\n{record.table()}")
     if args.page:

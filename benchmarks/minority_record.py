@@ -22,10 +22,13 @@ class Record:
         self.path = path
         self.results: dict[str, dict[str, Row]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def run(self, seed: int, rows: Iterable[tuple[str, Callable[[], Row]]]) -> None:
-        """Compute what is missing; rows are kept in the order they come in."""
+    def run(self, seed: int, rows: Iterable[tuple[str, Callable[[], Row]]], only: str = "") -> None:
+        """Compute what is missing of the rows whose name contains ``only``; rows are kept in the order they come in."""
         names = []
         for name, compute in rows:
+            if only not in name:
+                names += [name] if name in self.results else []
+                continue
             names.append(name)
             found = self.results.setdefault(name, {})
             if str(seed) in found:

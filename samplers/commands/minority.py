@@ -57,6 +57,7 @@ def score(
     import torch
 
     from .. import guidance
+    from .minority_alike import numbered_sheet
     from .minority_report import save_sheets, score_figure
     from .minority_setup import load_whitening, open_setup
 
@@ -86,6 +87,7 @@ def score(
             f"{int((~torch.isfinite(scores)).sum())} scores are not finite: use --dtype float32 or a higher --level"
         )
     top = save_sheets(inputs, scores, classes, sheet, out)
+    numbered_sheet(inputs, top[:sheet], out / "rarest-numbered.png")
     score_figure({"data": scores}, out / "scores.png")
     record = {
         "images": len(scores), "level": scorer.level, "top_variance": variance, "draws": draws, "distance": distance,
@@ -102,19 +104,66 @@ def score(
     out_console.print(f"look at {out / 'rarest.png'}{rows} before training: damaged or mislabelled images also score as rare")
 
 
+@app.command(name="alike")
+def find_alike(
+    scores: Annotated[Path, typer.Option(help="scores.safetensors of fewstep minority score.")],
+    images: Annotated[str, typer.Option(help="Numbers of images of one kind, with commas; the sheets tell them.")],
+    out: Annotated[Path, typer.Option(help="Sheet to write (.png), and a .json with the numbers beside it.")],
+    count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 100,
+    seed: SeedOption = 0,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the images that are most like some examples, to mark more images of a kind for train --kind."""
+    from .. import guidance
+    from .minority_alike import find_alike as likeness_of
+    from .minority_alike import numbered_sheet
+    from .minority_setup import inputs_of
+
+    examples = integers("--images", images)
+    if out.suffix != ".png":
+        raise ValueError(f"--out {str(out)!r} must end in .png")
+    _, settings = guidance.read_scores(scores)
+    inputs = inputs_of(settings, offline=offline)
+    with progress_bar() as bar:
+        likeness = likeness_of(inputs, examples, seed, bar)
+    likeness[list(examples)] = -2.0  # they are known
+    found = likeness.topk(min(count, len(likeness) - len(set(examples)))).indices.tolist()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    numbered_sheet(inputs, found, out)
+    record = {
+        "examples": list(examples),
+        "alike": [{"image": i, "likeness": likeness[i].item()} for i in found],
+        "out": str(out),
+    }
+    _write(out.with_suffix(".json"), record)
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    out_console.print(f"look at {out}: train --kind with the numbers of those that are of the kind, and of the examples")
+
+
 @app.command()
 def train(
     scores: Annotated[Path, typer.Option(help="scores.safetensors of fewstep minority score.")],
     out: Annotated[Path, typer.Option(help="Classifier file to write (.safetensors); an interrupted training continues.")],
-    bins: Annotated[int, typer.Option(min=2, help="Classes of equal counts.")] = 10,
+    bins: Annotated[int | None, typer.Option(min=2, help="Classes of equal counts; 10 by default.")] = None,
     parts: Annotated[
-        int, typer.Option(min=1, help="Kinds into which the rarest class is split; 1 is the published method.")
-    ] = 6,
+        int | None,
+        typer.Option(min=1, help="Kinds into which the rarest class is split, 6 by default; 1 is the published method."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of bins: numbers of images of one kind, with commas (see alike); once for every kind."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     train_batch: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     patience: Annotated[int, typer.Option(min=0, help="Looks without improvement before stopping; 0 never.")] = 0,
     flip: Annotated[bool, typer.Option(help="Mirror images at random.")] = False,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Show every class equally often while training; --kind always does.")
+    ] = False,
     network: Annotated[str, typer.Option(help="auto, mlp or unet.")] = "auto",
     width: Annotated[int | None, typer.Option(min=1)] = None,
     depth: Annotated[int | None, typer.Option(min=1)] = None,
@@ -131,22 +180,32 @@ def train(
     from .minority_report import kinds_figure
     from .minority_setup import read_whitening, setup_of
 
+    marked = [integers("--kind", text) for text in kind or []]
+    if marked and (bins is not None or parts is not None):
+        raise ValueError("--kind takes the place of --bins and --parts: give either")
+    bins, parts = (2, len(marked)) if marked else (bins or 10, parts or 6)
     values, settings = guidance.read_scores(scores)
     tensors = read_whitening(scores.parent) if settings.get("whitened") else {}
     setup = setup_of(settings, tensors, device=device, dtype=dtype, batch_size=256, offline=offline)
     inputs, classes = setup.inputs, setup.classes
-    labels = guidance.equal_count_bins(values, bins) if classes is None else guidance.bins_within(values, classes, bins)
+    if marked:
+        labels = guidance.marked_kinds(len(values), marked)
+    else:
+        labels = guidance.equal_count_bins(values, bins) if classes is None else guidance.bins_within(values, classes, bins)
     classifier = guidance.MinorityClassifier(
         inputs[[0]].shape[1:], bins, parts=parts, classes=None if classes is None else int(classes.max()) + 1,
         network=network, width=width, depth=depth, seed=seed,
     ).to(device)  # fmt: skip
     fit_settings = guidance.FitSettings(
-        steps=steps, batch_size=train_batch, lr=lr, patience=patience or None, flip=flip, seed=seed
-    )
+        steps=steps, batch_size=train_batch, lr=lr, patience=patience or None, flip=flip,
+        balanced=balanced or bool(marked), seed=seed,
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet, kinds = out.with_name(out.stem + "-kinds.png"), []
     with progress_bar() as bar:
-        if parts > 1:
+        if marked:
+            kinds = kinds_figure(inputs, values, labels, bins, sheet)
+        elif parts > 1:
             rows = (labels == bins - 1).nonzero().flatten().split(256)
             task = bar.add_task("splitting the rarest class", total=len(rows))
             residuals = [setup.residuals(part, device, seed + i) for i, part in enumerate(bar.track(rows, task_id=task))]
@@ -159,7 +218,7 @@ def train(
             checkpoint=checkpoint,
             progress=lambda step, loss: bar.update(task, completed=step, description=f"training, loss {loss:.3f}"),
         )  # fmt: skip
-        if parts > 1:
+        if kinds:
             bar.add_task("measuring the kinds", total=None)
             shares = guidance.kind_shares(classifier, inputs, class_labels=classes, seed=seed, device=device).tolist()
             kinds = [{**kind, "share": share} for kind, share in zip(kinds, shares, strict=True)]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Distances as a score file names them.
 NAMES = {"squared_error": "l2", "absolute_error": "l1", "feature_distance(NetworkFeatures)": "features"}
+_OTHER_IMAGES = "the images of {} are not those that were scored: score them again"
 _WHITENING_FILE = "whitening.safetensors"
 WHITENING = ("whitening.mean", "whitening.matrix")  # among a classifier's tensors
 
@@ -78,13 +79,12 @@ class Setup:
 
     def scores(self, images: Tensor, seed: int, classes: Tensor | None) -> Tensor:
         """Scores (N,) of images (N, C, H, W) in [0, 1]."""
-        encode, parts = self.inputs.encode, []
+        encode, parts, device = self.inputs.encode, [], self.pipe.device
         for i, rows in enumerate(torch.arange(len(images)).split(64)):
             x0 = images[rows] * 2 - 1
-            known = None if classes is None else classes[rows]
-            parts.append(
-                self.scorer(x0 if encode is None else encode(x0), torch.Generator().manual_seed(seed + i), known).cpu()
-            )
+            x0 = (x0 if encode is None else encode(x0)).to(device)
+            known = None if classes is None else classes[rows].to(device)
+            parts.append(self.scorer(x0, torch.Generator().manual_seed(seed + i), known).cpu())
         return torch.cat(parts)
 
 
@@ -129,10 +129,22 @@ def setup_of(
         within_class=settings.get("within_class", False), device=device, dtype=dtype, batch_size=batch_size, offline=offline,
     )  # fmt: skip
     if setup.inputs.source.id != settings["data_id"]:
-        raise ValueError(f"the images of {settings['data']} are not those that were scored: score them again")
+        raise ValueError(_OTHER_IMAGES.format(settings["data"]))
     if not settings.get("whitened"):
         return setup
     return setup.with_scorer(setup.scorer.whitened(guidance.Whitening(*(tensors[name] for name in WHITENING))))
+
+
+def inputs_of(settings: Mapping[str, Any], *, offline: bool) -> ModelInputs:
+    """The images that a file of scores was made of, as its model takes them.
+
+    Raises:
+        ValueError: they are not those that were scored.
+    """
+    source = evaluation.open_images(settings["data"])
+    if source.id != settings["data_id"]:
+        raise ValueError(_OTHER_IMAGES.format(settings["data"]))
+    return evaluation.inputs_for(evaluation.load_pipeline(settings["model"], device="cpu", offline=offline), source)
 
 
 def load_whitening(

@@ -72,6 +72,32 @@ def test_train(trained):
     assert trained.with_name("classifier-kinds.png").is_file()
 
 
+def test_marked_kinds(scored, tmp_path):
+    scores, sheet = str(scored / "scores.safetensors"), tmp_path / "alike.png"
+    assert (scored / "rarest-numbered.png").is_file()
+    labels = open_images("digits:test").classes()
+    ones = (labels == 1).nonzero().flatten()[:8].tolist()
+    examples = ",".join(map(str, ones))
+    found = fewstep("alike", "--scores", scores, "--images", examples, "--out", str(sheet), "--count", "12")
+    numbers = [entry["image"] for entry in found["alike"]]
+    assert sheet.is_file()
+    assert len(numbers) == 12
+    assert not set(numbers) & set(ones)
+    assert (labels[numbers] == 1).double().mean() >= 0.5  # a tenth by chance
+    out = tmp_path / "kind.safetensors"
+    zeros = ",".join(map(str, (labels == 0).nonzero().flatten()[:5].tolist()))
+    small = ["--steps", "5", "--width", "8", "--depth", "1", "--train-batch", "16"]
+    fewstep("train", "--scores", scores, "--out", str(out), "--kind", examples, "--kind", zeros, *small)
+    classifier = MinorityClassifier.load(out)
+    assert (classifier.bins, classifier.parts) == (2, 2)
+    assert [kind["images"] for kind in classifier.facts["kinds"]] == [8, 5]
+    for extra, message in ((["--kind", "3", "--bins", "5"], "takes the place"), (["--kind", "360"], "no sample 360")):
+        refused = runner.invoke(app, ["minority", "train", "--scores", scores, "--out", str(tmp_path / "x"), *extra])
+        assert message in str(refused.exception)
+    refused = runner.invoke(app, ["minority", "alike", "--scores", scores, "--images", "400", "--out", str(sheet)])
+    assert "--images must name images 0..359" in str(refused.exception)
+
+
 def test_sample_and_report(trained, tmp_path):
     out = tmp_path / "run"
     arguments = ["sample", "--classifier", str(trained), "--nfe", "3", "--num", "12", "--out", str(out), "--label", "each",
