@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..evaluation import ModelInputs
 from ..guidance import PatchFeatures, Whitening, alike
 
 _SIDE, _RANK = 32, 100  # the size at which images are compared, and the directions that count
+_FITTED = 20_000  # images that the whitening is fitted to
 _COLUMNS = 20
 
 
@@ -53,15 +54,23 @@ def find_alike(inputs: ModelInputs, examples: Sequence[int], seed: int, bar: Any
     if len(images) < 100:
         raise ValueError(f"{inputs.source.id} has {len(images)} images; what is like others shows among 100 or more")
     side = min(images[[0]].shape[-2:])
-    task = bar.add_task("comparing the images", total=len(images))
     seen = PatchFeatures(images, size=max(2, min(5, side // 2)), places=2, seed=seed)
-    found = []
-    for rows in torch.arange(len(images)).split(256):
-        found.append(seen(images[rows.tolist()]))
-        bar.advance(task, len(rows))
-    features = torch.cat(found)
-    rank = min(_RANK, features.shape[1], len(features) // 10)
-    return alike(Whitening.fit(features, rank=rank)(features), examples)
+    known = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:_FITTED]
+    every = torch.arange(len(images))
+    task = bar.add_task("comparing the images", total=len(known) + (len(every) if len(known) < len(every) else 0))
+
+    def features(rows: Tensor, whitening: Callable[[Tensor], Tensor]) -> Tensor:
+        found = []
+        for part in rows.split(256):
+            found.append(whitening(seen(images[part.tolist()])))
+            bar.advance(task, len(part))
+        return torch.cat(found)
+
+    fitted = features(known, lambda values: values)
+    whitening = Whitening.fit(fitted, rank=min(_RANK, fitted.shape[1], len(fitted) // 10))
+    if len(known) < len(every):
+        return alike(features(every, whitening), examples)
+    return alike(whitening(fitted)[known.argsort()], examples)
 
 
 def numbered_sheet(inputs: ModelInputs, rows: Sequence[int], path: Path) -> None:
@@ -74,6 +83,6 @@ def numbered_sheet(inputs: ModelInputs, rows: Sequence[int], path: Path) -> None
         grey = image.shape[0] == 1
         axis.imshow((image[0] if grey else image.permute(1, 2, 0)).numpy(), cmap="gray" if grey else None, vmin=0, vmax=1)
         axis.set_title(str(row), fontsize=7, pad=1.5)
-    figure.tight_layout(pad=0.2)
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.22 / lines, wspace=0.08, hspace=0.35)
     figure.savefig(path, dpi=120)
     plt.close(figure)
