@@ -62,14 +62,14 @@ def _against(subject: tuple[str, str, str], samplers: Mapping, sampler: str, sco
     """A row, where a plain sampler of 24 evaluations was measured and the fit is the part's main one."""
     main = {"exact": "exact_kl", "chains": "ngram_kl", "sudoku": "tv_support", "digits": "mmd", "text": "ngram_kl"}[subject[0]]
     rivals = {name for name, nfes in samplers.items() if 24 in nfes and not name.startswith("learned")}
-    if f"learned {main}" not in sampler or not rivals:
+    shared = set(samplers[sampler][8]) & {seed for name in rivals for seed in samplers[name][24]}
+    if f"learned {main}" not in sampler or not shared:
         return []
-    shared = set(samplers[sampler][8]).intersection(*(samplers[name][24] for name in rivals)) or set(samplers[sampler][8])
     learned = mean(samplers[sampler][8][seed][score] for seed in shared)
     before, (name, plain) = _best(samplers, 8, score, shared), _best(samplers, 24, score, shared)
     target = sampler.rpartition(", ")[2]
     row = (
-        f"{subject[1]}, {subject[2]} noise, fitted to the {target}",
+        f"{_label(subject)}, fitted to the {target}",
         score,
         f"{learned:.3g}",
         f"{before[1]:.3g} ({before[0]})",
