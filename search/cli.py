@@ -178,7 +178,7 @@ def _plan(
         "converged solutions": total * (reference_nfe + reference_nfe // 2),
         f"{trials} trials x {noises} noises x {nfe}": trials * noises * nfe,
         "re-ranking and scores": (FINALISTS + 2 + 4 * 2) * noises * nfe,
-        "refinement (forward and backward)": int(2.5 * refine) * 32 * nfe * 3 + int(2.5 * refine / 20) * noises * nfe,
+        "refinement (forward and backward)": int(1.75 * refine) * 32 * nfe * 3 + int(1.75 * refine / 20) * noises * nfe,
         "baselines": screening_cost(baselines, noises) * nfe,
     }
     plan = {

@@ -79,7 +79,7 @@ def find_schedule(
         strategy: see `run_search`.
         storage: likewise.
         seed: likewise.
-        refine_steps: gradient steps after the search, and half as many from each start before; 0 for none.
+        refine_steps: gradient steps after the search, and a quarter as many from each start before; 0 for none.
         rankers: further objectives on the validation's side, as a distribution distance.
         warm_start: see `run_search`.
         baseline_limit: compare with, and start from, the first baselines of the list only.
@@ -109,7 +109,7 @@ def find_schedule(
         tried = []
         for k, start in enumerate(starts.values()):
             say(f"refine, start {k + 1} of {len(starts)}")
-            tried.append(refine(start, space, train, validation, steps=refine_steps // 2, seed=seed))
+            tried.append(refine(start, space, train, validation, steps=refine_steps // 4, seed=seed))
         say("refine, the best")
         halfway = min(tried, key=lambda r: r.value)
         refined = refine(halfway.schedule, space, train, validation, steps=refine_steps, seed=seed + 1)

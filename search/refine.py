@@ -51,7 +51,7 @@ def refine(
     *,
     steps: int = 200,
     batch: int = 32,
-    rate: float = 0.03,
+    rate: float | None = None,
     coefficients: bool = True,
     patience: int = 6,
     every: int = 20,
@@ -67,7 +67,8 @@ def refine(
         validation: endpoint objective on other noises, which picks the result and stops early.
         steps: gradient steps; each costs about three evaluations of ``batch`` samples.
         batch: noises per step.
-        rate: Adam's, on log gaps; a fifth of it on coefficients. It rises over the first steps and falls to zero.
+        rate: Adam's, on log gaps; a fifth of it on coefficients. It rises over the first steps and falls to zero. None takes
+            0.3 / nfe: Adam moves every number by the rate, and longer schedules have more of them.
         coefficients: also learn additions to the coefficients of states and x0-predictions.
         patience: measurements without progress after which it stops.
         every: gradient steps between measurements.
@@ -81,6 +82,8 @@ def refine(
         raise ValueError("refinement follows one solution: the schedule must draw no noise")
     if train.reference is None or validation.reference is None:
         raise ValueError("refinement needs endpoint objectives, which have a converged reference")
+    if rate is None:
+        rate = 0.3 / schedule.nfe
     genes = _Genes(schedule, space, coefficients)
     groups = [{"params": [genes.logs], "lr": rate}, {"params": genes.additions, "lr": rate / 5}]
     groups = [group for group in groups if group["params"]]

@@ -12,7 +12,7 @@ from ..predictor import Predictor
 from ..space import SearchSpace
 from .proposals import Proposer
 
-ELITE, CHILDREN, GENERATIONS = 16, 96, 2
+ELITE, CHILDREN, GENERATIONS = 6, 96, 2
 PLAIN = 0.25  # of a stage goes past the predictor, twice as much at the end
 FIRST_FIT = 12  # trials before the predictor is asked
 CROSSOVER, SPREAD = 0.35, 0.8  # share of children with two parents; of the logarithm of a child's scale
