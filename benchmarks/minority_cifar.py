@@ -241,6 +241,8 @@ def rows(seed: int, samplers: list[str], cache: Path, data: Path) -> Iterator[tu
     yield "judge on common test images", lambda: rare_shares(cifar.judge, images[~rare])
     for label, name in RARE.items():
         yield f"judge on test images of {name}", lambda label=label: rare_shares(cifar.judge, images[labels == label])
+    each = [images[labels == label][: COUNT // len(RARE)] for label in RARE]
+    yield "real test images of the two in turn", lambda: cifar.measure(torch.cat(each))
     yield f"score by squared error, SNR_1 = {SNR:g}", cifar.squared_errors
     every = torch.arange(len(cifar.data))
     yield "score by features of patches", lambda: cifar.ranks(cifar.scores(cifar.seen), every)
@@ -261,7 +263,7 @@ def rows(seed: int, samplers: list[str], cache: Path, data: Path) -> Iterator[tu
     for w in (4.0, 8.0):
         yield f"told all labels, each in turn, w={w:g}", drawn("ddpm", STEPS, told, "each", w)
     for text in samplers:
-        name = named(text)
+        name, w = named(text), 4.0 if text == "ddpm" else 2.0  # deterministic samplers overshoot
         yield f"unguided, {name}, {FEW} NFE", drawn(text, FEW)
-        yield f"rarest bin, w=4, {name}, {FEW} NFE", drawn(text, FEW, bins)
-        yield f"marked pictures, each kind in turn, w=4, {name}, {FEW} NFE", drawn(text, FEW, marked, "each")
+        yield f"rarest bin, w={w:g}, {name}, {FEW} NFE", drawn(text, FEW, bins, -1, w)
+        yield f"marked pictures, each kind in turn, w={w:g}, {name}, {FEW} NFE", drawn(text, FEW, marked, "each", w)
