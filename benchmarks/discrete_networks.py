@@ -144,7 +144,7 @@ def text_learned(subject: Subject, train: torch.Tensor) -> None:
             batch=100,
             holdout=("lag4", "lag6"),
             folder=subject.cells.work / "fits" / f"text-{target}",
-            teacher=Teacher(nfe=64, samples=600),
+            teacher=Teacher(nfe=32, samples=500),
         )
         subject.learned(nfe, "ngram_kl", target, train[:6000] if target == "data" else target, settings)
     found = subject.cells.known.get(f"{subject.head}/8/learned ngram_kl, data")
