@@ -45,7 +45,7 @@ def checks(cells: Sequence[Mapping]) -> str:
         name, before = _best(found[subject], nfe, score, set(seeds), more=more)
         good = all(v >= limit if more else v < limit for v in values)
         wanted = f"{'at least' if more else 'below'} {limit:g}"
-        spread = f"{mean(values):.3g} ({min(values):.3g} to {max(values):.3g}, {len(values)} seeds)"
+        spread = f"{mean(values):.3g} ({min(values):.3g} to {max(values):.3g}, {len(values)} seed{'s' * (len(values) > 1)})"
         row = (_label(subject), f"{sampler}, NFE {nfe}", score, f"{before:.3g} ({name})", spread, wanted)
         lines.append(f"| {' | '.join(row)} | {'yes' if good else 'no'} |")
     lines += ["", "### Learned at NFE 8 against the best plain sampler at NFE 24", ""]
