@@ -82,7 +82,7 @@ def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
             call = {"class_labels": list(range(10)), "guidance_scale": 1.0}
         problem = pipeline_problem(pipe, call)
         noise = problem.noise_schedule
-        made = {s: problem.endpoint(s, count, 100 * k, 60, options.work) for s, (count, k) in sets.items()}
+        made = {s: problem.endpoint(s, count, 100 * k, options.reference, options.work) for s, (count, k) in sets.items()}
         images = digit_images("train")[0] if name == "digits" else cifar_images(options.data)
         reference = FrechetReference.from_features(features(images))
     start = time.process_time()
@@ -97,12 +97,13 @@ def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
         "baselines": {kind: {"name": score.name, "value": score.value} for kind, score in found.baselines.items()},
         "reference_error": made["test"].reference_error,
         "cpu_seconds": time.process_time() - start,
-        "settings": {"noises": options.noises, "trials": options.trials, "refine": options.refine},
+        "settings": {key: getattr(options, key) for key in ("reference", "noises", "trials", "refine")},
     }
     rows = {"found": found.schedule, **{k: s.schedule for k, s in found.baselines.items()}}
     record["median"] = {kind: median_error(made["test"], schedule) for kind, schedule in rows.items()}
     many = noises(options.many, 4242, *made["test"].x_T.shape[1:])
-    converged = teacher(made["test"].denoiser, noise, many, nfe=60, cache=options.work, model=name, batch_size=1024).solution
+    again = teacher(made["test"].denoiser, noise, many, nfe=options.reference, cache=options.work, model=name, batch_size=1024)
+    converged = again.solution
     judge = replace(made["test"], x_T=many, reference=converged, batch_size=1024)
     samples = {kind: features(judge.samples(schedule)) for kind, schedule in rows.items()}
     samples["converged"] = features(converged)
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=8192, help="noises of the distribution distance")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "search", help="converged solutions and found schedules")
     parser.add_argument("--data", type=Path, help="16-pixel CIFAR-10 for its distribution distance")
+    parser.add_argument("--reference", type=int, default=60, help="evaluations of a network's converged solutions")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--refine", type=int, default=200)
     parser.add_argument("--baselines", type=int, help="only the first of the list")

@@ -36,6 +36,7 @@ app = typer.Typer(help="Search for the solver schedule of a model and a number o
 
 StorageOption = Annotated[str, typer.Option("--storage", help="sqlite:///FILE, a file name, or postgresql://...")]
 StudyOption = Annotated[str | None, typer.Option("--study", help="Study name; the only one in the storage when not given.")]
+BLURRED = 0.25  # of a schedule's error: a reference that is less certain than that is worth a word
 ASSUMED_RATE = (
     20.0  # guided evaluations per second of an SD-size model on one data-centre GPU: an assumption, not a measurement
 )
@@ -126,6 +127,11 @@ def run(
     if report is not None:
         write_report(found, report, decode=problem.decode, test=objectives[2])
     facts = found.schedule.provenance["scores"]
+    if facts["reference_error"] > BLURRED * found.test.value:
+        err_console.print(
+            f"note: the converged solutions moved by {facts['reference_error']:.4f} (RMSE) when their evaluations were doubled "
+            f"to {reference_nfe}, which is much beside the schedule's {found.test.value:.4f}: raise --reference-nfe"
+        )
     if as_json:
         typer.echo(json.dumps({"out": str(out), "storage": url, "ratio": found.ratio, **facts}))
         return

@@ -30,7 +30,10 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_run_status_best_export(tmp_path: Path) -> None:
     out, report = tmp_path / "found.json", tmp_path / "report.html"
     run = ["run", "--nfe", 3, "--out", out, "--trials", 5, *SMALL, "--refine", 2, "--report", report]
+    told = CliRunner().invoke(app, ["search", *map(str, run)], catch_exceptions=False)  # as a person would run it
     first = _json(*run)
+    blurred = first["reference_error"] > 0.25 * first["found"]["value"]  # 20 evaluations are far from converged
+    assert blurred == ("raise --reference-nfe" in " ".join(told.stderr.split()))
     found = SolverSchedule.load(out)
     assert found.nfe == 3
     assert found.provenance["scores"]["found"]["value"] == pytest.approx(first["found"]["value"])
@@ -58,6 +61,7 @@ def test_run_status_best_export(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     for arguments, message in (
         (["run", "--nfe", "3", "--out", str(tmp_path / "x"), "--strategy", "best"], "known: s3"),
+        (["run", "--nfe", "3", "--out", str(tmp_path / "x"), "--guidance", "1,much"], "comma-separated numbers"),
         (["status", "--storage", str(tmp_path / "none.db")], "no study file"),
     ):
         outcome = CliRunner().invoke(app, ["search", *arguments])
