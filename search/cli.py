@@ -91,9 +91,10 @@ def run(
     pipe = evaluation.load_pipeline(model, device=device, dtype=dtype, offline=offline)
     what.check(pipe)
     call = what.arguments(pipe, range(max(len(what.prompts), len(what.class_labels), 1 if what.prompts else 10)))
-    if len(scales) > 1:
+    several = scales if len(scales) > 1 else ()
+    if several:
         del call["guidance_scale"]
-    problem = pipeline_problem(pipe, call, guidance_scales=scales[1:] and scales, batch_size=batch_size)
+    problem = pipeline_problem(pipe, call, guidance_scales=several, batch_size=batch_size)
     if dry_run:
         _plan(problem, nfe, trials, noises, reference_nfe, refine, baselines, as_json)
         return
@@ -172,7 +173,7 @@ def _plan(
     """Forward passes per part, and their time here (measured) and for an SD-size model (assumed rate)."""
     import torch
 
-    from .find import FINALISTS
+    from .find import FINALISTS, gradient_steps
     from .selection import screening_cost
 
     x, t = problem.noises(min(noises, 16), 0), torch.tensor(0.5 * problem.noise_schedule.t_max, dtype=torch.float64)
@@ -184,7 +185,8 @@ def _plan(
         "converged solutions": total * (reference_nfe + reference_nfe // 2),
         f"{trials} trials x {noises} noises x {nfe}": trials * noises * nfe,
         "re-ranking and scores": (FINALISTS + 2 + 4 * 2) * noises * nfe,
-        "refinement (forward and backward)": int(1.75 * refine) * 32 * nfe * 3 + int(1.75 * refine / 20) * noises * nfe,
+        "refinement (forward and backward)": gradient_steps(refine) * 32 * nfe * 3
+        + gradient_steps(refine) // 20 * noises * nfe,
         "baselines": screening_cost(baselines, noises) * nfe,
     }
     plan = {
