@@ -14,12 +14,14 @@ Every cell is a line of DIR/cells.jsonl and is not computed again, so a run cont
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from discrete_cells import PLAIN, PROCESSES, Cells, Subject, fit, learned_knobs, seeded
 from discrete_networks import BASES, cost, digits, sudoku, text
 from discrete_tasks import entropy_bound_table
+from torch import Tensor
 
 from distill import FitSettings, Teacher, exact_scores, sampled_scores
 from samplers.discrete import (
@@ -45,13 +47,12 @@ SAMPLED = FitSettings(budget=140, samples=1000, judged=4000, teacher=Teacher(sam
 def exact(cells: Cells, args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for task in args.tasks or ("markov", "mixture", "countdown", "parity", "token"):
-            if seed == args.seeds[0] or task not in ("countdown", "parity"):  # these two have no seed
-                for name in args.processes:
-                    process = PROCESSES[name]({"parity": 2, "token": 15}.get(task, 3))
-                    ExactTask(cells, task, process, seed).measure()
+            for name in args.processes:
+                process = PROCESSES[name]({"parity": 2, "token": 15}.get(task, 3))
+                ExactTask(cells, task, process, seed).measure()
 
 
-def exact_law_of(task: str, process: Process, seed: int) -> torch.Tensor:
+def exact_law_of(task: str, process: Process, seed: int) -> Tensor:
     if task in ("markov", "countdown"):
         return (random_chain(process, seed=seed) if task == "markov" else countdown_chain(process)).law(5)
     return {
@@ -67,8 +68,9 @@ class ExactTask(Subject):
     def __init__(self, cells: Cells, task: str, process: Process, seed: int) -> None:
         self.task, self.law = task, exact_law_of(task, process, seed)
         model, head = TabularModel(self.law, process), f"exact/{task}/{process.name}/{seed}"
-        super().__init__(cells, head, model, process, (0, self.law.ndim), 0, dict, seed)
-        self.ids = model.sample(2000, seeded(5))
+        draws = seed - 1 if task in ("countdown", "parity") else 0  # these laws have no seed: it sets the samples and fits
+        super().__init__(cells, head, model, process, (0, self.law.ndim), 0, dict, draws)
+        self.ids = model.sample(2000, seeded(5 + draws))
 
     def run(self, table: DiscreteTable) -> dict:
         return exact_scores(self.law, exact_law(self.model, self.process, self.law.ndim, table=table))
@@ -90,30 +92,31 @@ class ExactTask(Subject):
             self.cell(nfe, "tweedie, jump grid", lambda grid=grid: DiscreteTable("uniform", "tweedie", grid()))
         for nfe in (4, 8, 16, 32):
             self.learn(nfe)
-        for nfe in (4, 8):
             self.learn_otherwise(nfe)
 
     def learn(self, nfe: int) -> None:
-        """Exact gradients, from every target; the first seed's also with more evaluations."""
-        targets = {"law": self.law, "teacher": "teacher", "2000 samples": self.ids}
-        for target, given in targets.items():
-            if self.cells.fits(nfe, target) and (target == "law" or nfe <= 8 or (self.seed == 1 and nfe <= 16)):
-                args = (self.model, self.process, self.law.ndim, nfe, "auto", "exact_kl", given)
-                self.cell(nfe, f"learned exact_kl, {target}", lambda args=args: fit(*args, settings=FitSettings(budget=100)))
+        """Exact gradients, from every target."""
+        for target, given in {"law": self.law, "teacher": "teacher", "2000 samples": self.ids}.items():
+            if self.cells.fits(nfe, target):
+                self.fitted(nfe, f"exact_kl, {target}", "auto", "exact_kl", given, FitSettings(budget=100))
 
     def learn_otherwise(self, nfe: int) -> None:
-        """All other objectives: every target on Markov and mixture laws, the score objectives on all."""
+        """All other objectives."""
         if not self.cells.fits(nfe, "otherwise"):
             return
-        length = self.law.ndim
         for objective, knobs in (("score_l2", ("rate",)), ("score_l2", ("t", "rate")), ("score_l2_block", ("t", "rate"))):
-            args = (self.model, self.process, length, nfe, knobs, objective, self.law)
-            label = f"learned {objective}" + ("" if len(knobs) == 1 else ", t+rate")
-            self.cell(nfe, label, lambda args=args: fit(*args))
+            label = objective + ("" if len(knobs) == 1 else ", t+rate")
+            self.fitted(nfe, label, knobs, objective, self.law, FitSettings())
         for objective in ("ngram_kl", "mmd", "tv_support"):
-            for target, given in (("law", self.law), ("teacher", "teacher")) if self.task in ("markov", "mixture") else ():
-                args = (self.model, self.process, length, nfe, learned_knobs(self.process.name), objective, given)
-                self.cell(nfe, f"learned {objective}, {target}", lambda args=args: fit(*args, settings=SAMPLED))
+            for target, given in (("law", self.law), ("teacher", "teacher")):
+                self.fitted(nfe, f"{objective}, {target}", learned_knobs(self.process.name), objective, given, SAMPLED)
+
+    def fitted(
+        self, nfe: int, label: str, knobs: str | tuple, objective: str, given: Tensor | str, settings: FitSettings
+    ) -> None:
+        args = (self.model, self.process, self.law.ndim, nfe, knobs, objective, given, self.seed)
+        settings = replace(settings, teacher=replace(settings.teacher, seed=1 + self.seed))
+        self.cell(nfe, f"learned {label}", lambda: fit(*args, settings=settings))
 
 
 # ---- chains of 32 sites ------------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int) -> None:
     process, name = chain.process, chain.process.name
     truth, fresh = chain.sample(8000, 32, seeded(1000 + seed)), chain.sample(8000, 32, seeded(2000 + seed))
 
-    def judge(ids: torch.Tensor) -> dict:
+    def judge(ids: Tensor) -> dict:
         nll = float(-chain.log_prob(ids).mean()) / 32
         return sampled_scores(ids, fresh, ("4gram", "lag4"), 6) | {"nll_gap": nll - chain.entropy(32) / 32}
 
@@ -145,12 +148,11 @@ def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int) -> None:
     subject.plain(24, BASES[name][:1])
     for nfe in (4, 8, 16, 32) if name == "uniform" else (4, 8, 16):  # fixed counts at NFE = L are exact
         for target, given in (("data", truth), ("teacher", "teacher")):
-            if nfe <= 8 or (seed == 1 and target == "data"):
-                folder = cells.work / "fits" / head.replace("/", "-") / target
-                teacher = Teacher(samples=6000, nfe=64 if name == "uniform" else 32)
-                settings = FitSettings(budget=196, samples=500, judged=3000, folder=folder, teacher=teacher)
-                subject.knobs = "auto" if nfe <= 8 else ""
-                subject.learned(nfe, "ngram_kl", target, given, settings)
+            folder = cells.work / "fits" / head.replace("/", "-") / target
+            teacher = Teacher(samples=6000, nfe=64 if name == "uniform" else 32)
+            settings = FitSettings(budget=196, samples=500, judged=3000, folder=folder, teacher=teacher)
+            subject.knobs = "auto" if nfe <= 8 else ""
+            subject.learned(nfe, "ngram_kl", target, given, settings)
     if seed == 1 and cells.fits(8, "otherwise"):  # the printed objective, and with its perturbed starts
         for label, relax in (("learned score_l2", 0.0), ("learned score_l2, relaxed", 0.05)):
             args = (chain, process, 32, 8, ("rate",), "score_l2", "teacher", seed)
@@ -158,7 +160,7 @@ def chain_task(cells: Cells, head: str, chain: MarkovModel, seed: int) -> None:
             subject.cell(8, label, lambda args=args, settings=settings: fit(*args, settings=settings))
 
 
-def baselines(subject: Subject, nfe: int, truth: torch.Tensor) -> None:
+def baselines(subject: Subject, nfe: int, truth: Tensor) -> None:
     """Training-free schedules that adapt to the model."""
     model, process = subject.model, subject.process
     if process.name == "masked":

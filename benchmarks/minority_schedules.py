@@ -54,7 +54,7 @@ def find(model: str, trials: int, refine: int, noises: int, cache: Path | None) 
     print(f"{model}: reference error {test.reference_error:.4f}, {time.process_time() - start:.0f} CPU s", flush=True)
     found = find_schedule(
         SearchSpace(train.noise_schedule, NFE), train, validation, test, name=schedule_path(model).stem, trials=trials,
-        refine_steps=refine, baseline_limit=24, facts={"model": model, "weights": weights},
+        refine_rounds=refine, baseline_limit=24, facts={"model": model, "weights": weights},
         say=lambda text: print(f"  {text} {time.process_time() - start:.0f} CPU s", flush=True),
     )  # fmt: skip
     found.schedule.save(schedule_path(model))
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=("mixture", "digits-planted", "cifar16-thinned"), required=True)
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--refine", type=int, default=60)
+    parser.add_argument("--refine", type=int, default=6)
     parser.add_argument("--noises", type=int, default=40)
     parser.add_argument("--cache", type=Path, default=None, help="folder for the converged solutions")
     args = parser.parse_args()

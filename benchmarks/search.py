@@ -88,7 +88,7 @@ def cell(name: str, nfe: int, seed: int, options: argparse.Namespace) -> None:
     start = time.process_time()
     found = find_schedule(
         SearchSpace(noise, nfe), *(made[split] for split in sets), name=f"{name}-nfe{nfe}", trials=options.trials, seed=seed,
-        refine_steps=options.refine, baseline_limit=options.baselines,
+        refine_rounds=options.refine, baseline_limit=options.baselines,
     )  # fmt: skip
     record = {
         "found": found.test.value,
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="16-pixel CIFAR-10 for its distribution distance")
     parser.add_argument("--reference", type=int, default=60, help="evaluations of a network's converged solutions")
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--refine", type=int, default=200)
+    parser.add_argument("--refine", type=int, default=6)
     parser.add_argument("--baselines", type=int, help="only the first of the list")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Find the schedules that `fewstep demo` shows: the reference pipeline "digits-conditional", guidance 2, all ten classes.
 
-    python benchmarks/search_demo.py [--nfe 5,8,10,6] [--trials 20] [--refine 60]
+    python benchmarks/search_demo.py [--nfe 5,8,10,6] [--trials 60] [--refine 6]
 
 writes configs/schedules/digits-conditional-nfeN.json with provenance. A schedule that exists is left as it is.
 """
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nfe", default="5,8,10,6")
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--refine", type=int, default=100)
+    parser.add_argument("--refine", type=int, default=6)
     parser.add_argument("--noises", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "configs" / "schedules")
     parser.add_argument("--cache", type=Path, default=None, help="folder for the converged solutions")
@@ -51,7 +51,7 @@ def main() -> None:
             test,
             name=path.stem,
             trials=options.trials,
-            refine_steps=options.refine,
+            refine_rounds=options.refine,
             facts={"model": MODEL, "weights": problem.model, "guidance": GUIDANCE, "class_labels": list(range(10))},
             say=lambda text: print(f"  {text} {time.process_time() - start:.0f} CPU s", flush=True),  # noqa: B023
         )

@@ -6,6 +6,7 @@ The whole protocol: ``while engine.query is not None: engine.tell(denoiser(engin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,20 @@ class Engine:
     def select(self, index: Tensor) -> None:
         """Permute or duplicate samples: everything remembered follows ``index`` (B',) along the batch."""
         self._slots = [value[index] for value in self._slots]
+
+    def branch(self, tableau: Tableau) -> Engine:
+        """A copy of this run that goes on with ``tableau``, as if it had made all steps so far itself.
+
+        Raises:
+            ValueError: the other tableau remembers other states or x0-predictions at this point.
+        """
+        other = copy(self)
+        other.tableau, other._slots = tableau.like(self.x), list(self._slots)
+        other._program = other.tableau.plain
+        other._move = other._program.moves[self._move.index]
+        if other._move.names != self._move.names:
+            raise ValueError(f"the run remembers {self._move.names}, the tableau would need {other._move.names}")
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         """The move by its number: moves are tied to one another."""

@@ -36,6 +36,7 @@ app = typer.Typer(help="Search for the solver schedule of a model and a number o
 
 StorageOption = Annotated[str, typer.Option("--storage", help="sqlite:///FILE, a file name, or postgresql://...")]
 StudyOption = Annotated[str | None, typer.Option("--study", help="Study name; the only one in the storage when not given.")]
+HALF_PRECISION = 3e-2  # by which refinement moves a number where the network rounds to three digits or fewer
 BLURRED = 0.25  # of a schedule's error: a reference that is less certain than that is worth a word
 ASSUMED_RATE = (
     20.0  # guided evaluations per second of an SD-size model on one data-centre GPU: an assumption, not a measurement
@@ -54,7 +55,7 @@ def run(
     study: Annotated[str | None, typer.Option(help="Name of the study in the storage.")] = None,
     noises: Annotated[int, typer.Option(min=2, help="Starting noises that schedules are searched on.")] = 64,
     reference_nfe: Annotated[int, typer.Option(min=20, help="Evaluations of the converged solution.")] = 100,
-    refine: Annotated[int, typer.Option(min=0, help="Gradient steps after the search; 0 for none.")] = 200,
+    refine: Annotated[int, typer.Option(min=0, help="Rounds of least squares after the search; 0 for none.")] = 6,
     baselines: Annotated[int, typer.Option(min=1, help="Classic solvers x grids to start from and compare with.")] = 500,
     model: ModelOption = "digits-conditional",
     prompt: PromptOption = None,
@@ -112,7 +113,8 @@ def run(
             strategy=strategy,
             storage=url,
             seed=seed,
-            refine_steps=refine,
+            refine_rounds=refine,
+            difference=None if dtype == "float32" else HALF_PRECISION,
             baseline_limit=baselines,
             facts={
                 "model": model,
@@ -173,7 +175,8 @@ def _plan(
     """Forward passes per part, and their time here (measured) and for an SD-size model (assumed rate)."""
     import torch
 
-    from .find import FINALISTS, gradient_steps
+    from .find import FINALISTS, rounds_in_all
+    from .refine import evaluations_per_round
     from .selection import screening_cost
 
     x, t = problem.noises(min(noises, 16), 0), torch.tensor(0.5 * problem.noise_schedule.t_max, dtype=torch.float64)
@@ -185,8 +188,7 @@ def _plan(
         "converged solutions": total * (reference_nfe + reference_nfe // 2),
         f"{trials} trials x {noises} noises x {nfe}": trials * noises * nfe,
         "re-ranking and scores": (FINALISTS + 2 + 4 * 2) * noises * nfe,
-        "refinement (forward and backward)": gradient_steps(refine) * 32 * nfe * 3
-        + gradient_steps(refine) // 20 * noises * nfe,
+        f"{rounds_in_all(refine)} rounds of refinement": rounds_in_all(refine) * noises * (evaluations_per_round(nfe) + nfe),
         "baselines": screening_cost(baselines, noises) * nfe,
     }
     plan = {

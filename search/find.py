@@ -19,9 +19,13 @@ FINALISTS = 10
 STARTS = 16  # best classic solvers that the search starts from
 
 
-def gradient_steps(refine_steps: int) -> int:
-    """Gradient steps of a whole `find_schedule`: a quarter from each of three starts, then all from the best."""
-    return 3 * (refine_steps // 4) + refine_steps
+def rounds_in_all(refine_rounds: int) -> int:
+    """Rounds of a whole `find_schedule`: from each of three starts, then from the best of them."""
+    return 3 * _first_rounds(refine_rounds) + refine_rounds
+
+
+def _first_rounds(refine_rounds: int) -> int:
+    return -(-refine_rounds // 3)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def find_schedule(
     strategy: str = "s3",
     storage: str | None = None,
     seed: int = 0,
-    refine_steps: int = 200,
+    refine_rounds: int = 6,
+    difference: float | None = None,
     rankers: Sequence[Callable[[SolverSchedule], float]] = (),
     warm_start: Sequence[SolverSchedule] = (),
     baseline_limit: int | None = None,
@@ -84,7 +89,8 @@ def find_schedule(
         strategy: see `run_search`.
         storage: likewise.
         seed: likewise.
-        refine_steps: gradient steps after the search, and a quarter as many from each start before; 0 for none.
+        refine_rounds: rounds of `refine` after the search, and a third as many from each start before; 0 for none.
+        difference: see `refine`.
         rankers: further objectives on the validation's side, as a distribution distance.
         warm_start: see `run_search`.
         baseline_limit: compare with, and start from, the first baselines of the list only.
@@ -108,16 +114,16 @@ def find_schedule(
     finalists = [record.schedule for record in result.top(FINALISTS)]
     searched = ranked(finalists, judges)[0]
     chosen, refined = searched, None
-    if refine_steps:
+    if refine_rounds:
         # From where the search ended and from the best classic ones: what is best before need not be best after.
         starts = {s.digest: s for s in (searched, *(space.adopt(c.schedule) for c in first_of_each_kind(known).values()))}
         tried = []
         for k, start in enumerate(starts.values()):
             say(f"refine, start {k + 1} of {len(starts)}")
-            tried.append(refine(start, space, train, validation, steps=refine_steps // 4, seed=seed))
+            tried.append(refine(start, space, train, validation, rounds=_first_rounds(refine_rounds), difference=difference))
         say("refine, the best")
         halfway = min(tried, key=lambda r: r.value)
-        refined = refine(halfway.schedule, space, train, validation, steps=refine_steps, seed=seed + 1)
+        refined = refine(halfway.schedule, space, train, validation, rounds=refine_rounds, difference=difference)
         chosen = ranked([refined.schedule, halfway.schedule, searched], judges)[0]
     say("scores")
     baselines = best_of_each_kind(known, test)
@@ -130,7 +136,7 @@ def find_schedule(
             "trials": len(result.trials),
             "seed": seed,
             "objective": train.settings,
-            "refine_steps": refine_steps,
+            "refine_rounds": refine_rounds,
             "selected_on": {"noises": len(validation.x_T), "finalists": len(finalists)},
         },
         "scores": {

@@ -149,3 +149,30 @@ def test_told_clips_are_applied() -> None:
     engine = Engine(tableau, X, clip=lambda x0: x0.clamp(-0.1, 0.1))
     engine.tell(torch.full_like(X, 5.0))
     assert torch.allclose(engine.x, torch.full_like(X, 0.1))
+
+
+def test_a_branch_goes_on_alone() -> None:
+    """A branch ends where its own run would; the run it left is not touched."""
+    tableau = Tableau.build(recipe("unipc:order=3", VP, 5), VP)
+    engine, halfway = Engine(tableau, X), []
+    while engine.query is not None:
+        if engine.position == 3:
+            halfway.append(engine.branch(tableau))
+        engine.tell(0.5 * engine.x)
+    alone = Engine(tableau, X)
+    while alone.query is not None:
+        alone.tell(0.5 * alone.x)
+    other = halfway[0]
+    assert other.position == 3
+    while other.query is not None:
+        other.tell(0.5 * other.x)
+    assert torch.equal(engine.x, alone.x)
+    assert torch.equal(other.x, alone.x)
+
+
+def test_a_branch_needs_the_same_memory() -> None:
+    engine = Engine(Tableau.build(recipe("ddim", VP, 5), VP), X)
+    for _ in range(3):
+        engine.tell(0.5 * engine.x)
+    with pytest.raises(ValueError, match="the tableau would need"):
+        engine.branch(Tableau.build(recipe("deis:order=3", VP, 5), VP))

@@ -13,7 +13,6 @@ from samplers import NoiseSchedule, SolverSchedule, recipe, sample
 from samplers.denoisers import GaussianMixture
 from samplers.evaluation import FeatureMoments, frechet_distance
 from search import PENALTY, STRATEGIES, Objective, Predictor, SearchSpace, run_search, seeds, teacher
-from search.refine import refine
 from search.selection import best_of_each_kind, classics, ranked, score, with_provenance
 
 NOISE = NoiseSchedule.vp_linear()
@@ -252,21 +251,6 @@ def test_search_refusals(objective: Objective) -> None:
 
 
 # ---- afterwards --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_refinement_lowers_held_out_error(objective: Objective) -> None:
-    space, start = SearchSpace(NOISE, 4), recipe("deis:order=2,grid=lambda,clip=none", NOISE, 4)
-    validation, test = _objective(seed=1), _objective(n=128, seed=2)
-    refined = refine(start, space, objective, validation, steps=40, rate=0.03)
-    assert refined.start == validation(start)
-    assert refined.value == validation(refined.schedule) < refined.start
-    assert test(refined.schedule) < 0.9 * test(start)
-    assert SolverSchedule.from_dict(json.loads(json.dumps(refined.schedule.to_dict()))).digest == refined.schedule.digest
-    times_only = refine(start, space, objective, validation, steps=20, coefficients=False)
-    assert all(step.delta is None for step in times_only.schedule.steps)
-    with pytest.raises(ValueError, match="no noise"):
-        refine(recipe("ddpm", NOISE, 4), space, objective, validation)
 
 
 def test_selection_and_provenance(objective: Objective, generator: Callable[..., torch.Generator], tmp_path: Path) -> None:
