@@ -1,6 +1,7 @@
 """Refinement: its derivatives against automatic ones, what it costs, and how far it gets where the answer is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch.autograd.functional import jacobian
 from samplers import NoiseSchedule, Residual, SolverSchedule, recipe, sample
 from samplers.denoisers import GaussianMixture
 from samplers.engine import Denoiser
-from search import Objective, SearchSpace
-from search.refine import Genes, Residuals, evaluations_per_round, refine
+from search import PENALTY, Objective, SearchSpace
+from search.genes import Genes
+from search.refine import evaluations_per_round, refine
+from search.residuals import Residuals
 
 NOISE = NoiseSchedule.vp_linear()
 
@@ -126,6 +129,17 @@ def test_half_precision_network(dtype: torch.dtype) -> None:
         wanted = exactly.derivatives(here, rows)[1]
         errors = [(each.derivatives(here, rows)[1] - wanted).norm() / wanted.norm() for each in (fine, coarse)]
         assert errors[1] < 0.3 < errors[0]
+
+
+def test_a_start_that_is_not_finite_stays() -> None:
+    def broken(x: Tensor, t: Tensor) -> Tensor:
+        return x / 0.0 if t < 0.3 else x
+
+    train, start = _objective(8, 0), recipe("ddim", NOISE, 4)
+    bad = replace(train, denoiser=broken)
+    refined = refine(start, SearchSpace(NOISE, 4), bad, bad)
+    assert refined.schedule == start
+    assert refined.value == refined.start == PENALTY
 
 
 def test_refusals() -> None:

@@ -1,6 +1,5 @@
 """Objectives, the teacher, the predictor, and searches with every strategy, on a mixture whose denoiser is exact."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
